@@ -1,0 +1,71 @@
+"""What a training step costs where it runs: bytes kept for backward, and seconds side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def bytes_saved_for_backward(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps from `forward()` until backward, each storage once.
+
+    Args:
+        forward: runs the model; what it returns is kept until the count is taken.
+        exclude: tensors that are there anyway (parameters, inputs): their storages don't count.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        held = forward()
+    del held
+    return sum(storages.values())
+
+
+def paired_seconds(
+    steps: dict[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Time several steps in turn, so that a machine's slow moments fall on all of them alike.
+
+    Args:
+        steps: name → step.
+        repeats: timed runs of each, after `warmup` untimed ones.
+        progress: called after each run.
+
+    Returns:
+        name → seconds of each timed run, in order; the i-th ones ran one after the other.
+    """
+    cuda = torch.device(device).type == "cuda"
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for run in range(warmup + repeats):
+        for name, step in steps.items():
+            if cuda:
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize(device)
+            if run >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+            progress()
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """The median over the pairs of runs of numerator / denominator."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))

@@ -1,0 +1,164 @@
+"""One call makes a model select its tokens, one call undoes it: dispatch to the hosts and bookkeeping."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everest_tokens.frame_sampling import InfoFrameSampler
+from everest_tokens.hosts import transformers_videomae as host
+from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, selector_from
+from everest_tokens.selectors import ReRoSelector, Selector
+
+logger = logging.getLogger(__name__)
+
+# A float of its own identity: 0.9 that a caller passes must win over a recorded value, this default must not.
+_MASK_RATIO = float("0.9")
+_KEEP_RATIO = {"pretraining": 0.3, "encoder": 0.6}  # ρ_pre of Tables 7 and 8
+
+
+def patch_videomae(
+    model: nn.Module,
+    selector: Selector | None = None,
+    *,
+    mask_ratio: float = _MASK_RATIO,
+    visible: Selector | None = None,
+    frame_sampler: InfoFrameSampler | None = None,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """Let only the informative tokens of a video reach the model's encoder and decoder (paper §4.1, Eq. 2 and 3).
+
+    In place: parameters, state dict, classes' names, config class, outputs and forward parameters stay as they are.
+    Patching a patched model replaces its settings. What is not given is restored from `config.everest`, where a folder
+    saved from a patched model of the same task keeps it, else it is the paper's default.
+
+    Args:
+        model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; PEFT, DDP and
+            compiled wrappers are looked through.
+        selector: (tokens (B, N, D), grid (t, h, w)) → kept (B, K) int64. Default: `ReRoSelector` with ρ_pre = 0.3 for a
+            model with a pixel decoder, 0.6 for the others.
+        mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ of the kept tokens are visible, 1 − ρ_pre·ρ_post of the paper.
+        visible: a selector that chooses the visible tokens instead; the other kept tokens are the targets.
+        frame_sampler: the model then takes tubelet_size·⌊α·τ⌋ frames and draws its τ time steps among them (§4.2).
+        drop_path: stochastic depth of the last encoder block, rising linearly from 0 at the first; training only.
+
+    Returns:
+        The model it was given; `model.everest` is the live `SelectionPolicy`.
+
+    Raises:
+        TypeError: a model that can't be patched (any more), or a selector with parameters or buffers.
+        ValueError: settings that can't work on the model's clips, or recorded ones that can't be rebuilt.
+    """
+    root = unwrap(model)
+    host.check_patchable(root)
+    _refuse_prepared(root)
+    if isinstance(drop_path, bool) or not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
+
+    task = host.task_of(root)
+    recorded = _recorded(root, task)
+    if selector is None:
+        selector = selector_from(recorded["selector"], "selector") if recorded else ReRoSelector(_KEEP_RATIO[task])
+    if mask_ratio is _MASK_RATIO and recorded:
+        mask_ratio = recorded["mask_ratio"]
+    if visible is None and recorded and recorded["visible"]:
+        visible = selector_from(recorded["visible"], "visible")
+    if frame_sampler is None and recorded and recorded["frame_sampler"]:
+        frame_sampler = InfoFrameSampler(recorded["frame_sampler"]["alpha"])
+    policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
+    if "norm_eps" in recorded:
+        policy.settings["norm_eps"] = recorded["norm_eps"]
+    policy.check(host.model_grid(root))
+
+    if is_patched(root):
+        host.detach(root)
+    host.attach(root, policy, drop_path)
+    return model
+
+
+def unpatch_videomae(model: nn.Module) -> nn.Module:
+    """Give the model back exactly as it was before `patch_videomae`, its trained weights aside.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    host.detach(_patched(model))
+    return model
+
+
+def select_tokens(
+    model: nn.Module, pixel_values: Tensor, *, generator: torch.Generator | None = None
+) -> TokenSelection:
+    """What the patched model would select from these clips, without running its encoder.
+
+    Args:
+        model: a patched model, in `train()` or `eval()` as it is to be run (the frame sampler's draw differs).
+        pixel_values: what the model's forward takes.
+        generator: makes the random choices reproducible.
+
+    Returns:
+        A `TokenSelection` with its importance, to be looked at or passed back as `model(..., token_selection=)`.
+
+    Raises:
+        ValueError: the model is not patched, or pixels that its forward would refuse.
+    """
+    root = _patched(model)
+    with torch.no_grad():
+        selection = host.select(root, pixel_values, generator)
+    # Autocast caches the weights it casts: cast under no_grad they would get no gradient in a forward that follows.
+    torch.clear_autocast_cache()
+    return selection
+
+
+def is_patched(root: nn.Module) -> bool:
+    return isinstance(getattr(root, "everest", None), SelectionPolicy)
+
+
+def _patched(model: nn.Module) -> Any:
+    root = unwrap(model)
+    if not is_patched(root):
+        raise ValueError(f"{type(root).__qualname__} is not patched: call patch_videomae(model) first")
+    return root
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The model inside torch.compile, DDP and PEFT wrappers."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return inner
+
+
+def _refuse_prepared(root: nn.Module) -> None:
+    for name, module in root.named_modules():
+        if "forward" in module.__dict__:
+            what = "has an instance-level forward (prepared by accelerate?)"
+        elif {base.__name__ for base in type(module).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}:
+            what = "is FSDP-sharded"
+        else:
+            continue
+        raise TypeError(f"{name or type(root).__qualname__} {what}: call patch_videomae before that")
+
+
+def _recorded(root: Any, task: str) -> dict[str, Any]:
+    """`config.everest` of the same task, else an empty dict."""
+    recorded = getattr(root.config, "everest", None)
+    if not isinstance(recorded, dict):
+        return {}
+    if isinstance(recorded, LiveSettings) and not (is_patched(root) and root.everest.settings is recorded):
+        whose = "written by another model that shares this config"
+    elif recorded.get("task") != task:
+        whose = f"recorded for {recorded.get('task')}, not for {task}"
+    else:
+        return recorded
+    logger.warning("config.everest was %s: the paper's defaults apply where nothing is given", whose)
+    return {}

@@ -1,0 +1,298 @@
+"""From scored tokens to what a model runs: the visible tokens, the targets, and the time steps they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from everest_tokens.frame_sampling import InfoFrameSampler
+from everest_tokens.selectors import (
+    Grid,
+    ReRoSelector,
+    RunningCellSelector,
+    Selector,
+    StaticRatio,
+    TokenSelector,
+    TubeSelector,
+    floor_of,
+    shuffled,
+)
+from everest_tokens.tubelets import gather_tokens
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Which tokens of a batch of clips reach the encoder and which are predicted; the others are dropped.
+
+    Attributes:
+        visible: (B, V) int64, ascending: positions in the t-major grid that the encoder sees.
+        target: (B, M) int64, ascending: positions whose pixels the decoder predicts (Eq. 3); None outside pre-training.
+        grid: (t, h, w) of one clip.
+        importance: (B, N) float32, I of Eq. 2, or None where the selector has none or nobody asked for it.
+        steps: (B, t) int64, ascending: the candidate time step that each step of the grid was drawn from; None without
+            a frame sampler.
+    """
+
+    visible: Tensor
+    target: Tensor | None
+    grid: Grid
+    importance: Tensor | None = None
+    steps: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, V + M) int64, ascending: visible and target together."""
+        if self.target is None:
+            return self.visible
+        return torch.cat([self.visible, self.target], dim=1).sort(dim=1).values
+
+    @property
+    def frame_counts(self) -> Tensor:
+        """(B, t) int64: how many tokens of each time step are kept."""
+        return count_per_step(self.kept, self.grid)
+
+
+def _flatten(selection: TokenSelection) -> tuple[list[Any], Grid]:
+    return [selection.visible, selection.target, selection.importance, selection.steps], selection.grid
+
+
+def _unflatten(tensors: Iterable[Any], grid: Any) -> TokenSelection:
+    visible, target, importance, steps = tensors
+    return TokenSelection(visible, target, tuple(grid), importance, steps)
+
+
+# A pytree, so that torch.export, torch.utils.checkpoint and FSDP reach the tensors inside; the grid is structure.
+pytree.register_pytree_node(TokenSelection, _flatten, _unflatten, serialized_type_name="everest_tokens.TokenSelection")
+
+
+def count_per_step(kept: Tensor, grid: Grid) -> Tensor:
+    """c_i of §4.2: kept (B, K) → (B, t) int64."""
+    t, h, w = grid
+    counts = torch.zeros(kept.shape[0], t, dtype=torch.int64, device=kept.device)
+    return counts.scatter_add(1, kept // (h * w), torch.ones_like(kept))
+
+
+class LiveSettings(dict[str, Any]):
+    """Settings that a patched model keeps in step, told apart from the plain dict that a saved folder gives."""
+
+
+class SelectionPolicy:
+    """How one patched model selects: `model.everest`. What is set here takes effect at the next forward.
+
+    Attributes:
+        task: "pretraining" (visible and targets) or "encoder" (every kept token is visible).
+        settings: the same as plain JSON, always in step; this dict is `config.everest`.
+
+    Args:
+        selector: (tokens, grid) → kept (B, K); ρ_pre is its keep_ratio.
+        mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ tokens are visible: 1 − ρ_pre·ρ_post of the paper.
+        visible: a selector that chooses the visible tokens instead of drawing them from the kept; the targets are
+            the kept tokens that are not visible. A custom one must choose among the kept.
+        frame_sampler: draws the clip's time steps out of more candidates (§4.2).
+    """
+
+    mask_ratio = StaticRatio("a number in (0, 1)", lambda ratio: 0 < ratio < 1)
+
+    def __init__(
+        self,
+        task: str,
+        selector: Selector,
+        mask_ratio: float,
+        visible: Selector | None,
+        frame_sampler: InfoFrameSampler | None,
+    ) -> None:
+        self.settings = LiveSettings(task=task)
+        self.selector = selector
+        self.mask_ratio = mask_ratio
+        self.visible = visible
+        self.frame_sampler = frame_sampler
+
+    @property
+    def task(self) -> str:
+        return self.settings["task"]
+
+    @property
+    def selector(self) -> Selector:
+        return self._selector
+
+    @selector.setter
+    def selector(self, value: Selector) -> None:
+        self._selector = _checked_selector(value, "selector")
+        self.settings["selector"] = _settings_of(value)
+
+    @property
+    def visible(self) -> Selector | None:
+        return self._visible
+
+    @visible.setter
+    def visible(self, value: Selector | None) -> None:
+        if value is not None and self.task != "pretraining":
+            raise ValueError(f"visible= chooses among a pre-training model's tokens; got {value!r} for an encoder")
+        self._visible = None if value is None else _checked_selector(value, "visible")
+        self.settings["visible"] = None if value is None else _settings_of(value)
+
+    @property
+    def frame_sampler(self) -> InfoFrameSampler | None:
+        return self._frame_sampler
+
+    @frame_sampler.setter
+    def frame_sampler(self, value: InfoFrameSampler | None) -> None:
+        if value is not None and not isinstance(value, InfoFrameSampler):
+            raise TypeError(f"frame_sampler must be an InfoFrameSampler or None, got {type(value).__name__}")
+        self._frame_sampler = value
+        self.settings["frame_sampler"] = None if value is None else value.settings
+
+    def num_candidates(self, num_steps: int) -> int:
+        """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
+        return num_steps if self.frame_sampler is None else self.frame_sampler.num_candidates(num_steps)
+
+    def num_visible(self, grid: Grid, kept: int) -> int:
+        """V. Raises ValueError where pre-training would have no visible token or no target."""
+        if self.task != "pretraining":
+            return kept
+        if isinstance(self.visible, TokenSelector):
+            count = self.visible.num_kept(grid)
+        else:
+            count = floor_of(1 - self.mask_ratio, math.prod(grid))
+        what = f"mask_ratio {self.mask_ratio}" if self.visible is None else f"visible={self.visible!r}"
+        if not 1 <= count < kept:
+            raise ValueError(
+                f"{what} gives {count} visible of {kept} kept tokens: expected at least 1 visible and 1 target"
+            )
+        return count
+
+    def check(self, grid: Grid) -> None:
+        """Raise ValueError where these settings can't work on clips of `grid`. Custom callables show only when run."""
+        self.num_candidates(grid[0])
+        if not isinstance(self.selector, TokenSelector):
+            return
+        kept = self.selector.num_kept(grid)
+        self.num_visible(grid, kept)
+        if isinstance(self.visible, TokenSelector) and not self._nested(grid, kept):
+            raise ValueError(
+                f"how many tokens {self.selector!r} and {self.visible!r} share differs from clip to clip on grid {grid}"
+                ", so their targets make no batch: use visible= with a selector that keeps all tokens, with"
+                " RunningCellSelector and TubeSelector over a multiple of 4 time steps, or with two ReRoSelectors"
+                " that rank alike"
+            )
+
+    def _nested(self, grid: Grid, kept: int) -> bool:
+        if kept == math.prod(grid):
+            return True
+        selector, visible = self.selector, self.visible
+        if isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector):
+            return selector.distance == visible.distance and selector.descending == visible.descending
+        return self._running_tube() and grid[0] % 4 == 0
+
+    def _running_tube(self) -> bool:
+        return isinstance(self.selector, RunningCellSelector) and isinstance(self.visible, TubeSelector)
+
+    def select(
+        self,
+        tokens: Tensor,
+        grid: Grid,
+        *,
+        training: bool = True,
+        generator: torch.Generator | None = None,
+        with_importance: bool = False,
+    ) -> TokenSelection:
+        """Select from the embeddings of one batch of clips.
+
+        Args:
+            tokens: (B, N, D), or (B, ⌊α·τ⌋·h·w, D) with a frame sampler; before the position embedding.
+            grid: (τ, h, w), of the clip that the model runs.
+            training: whether the frame sampler draws, or takes its most probable steps.
+            generator: for every random choice made here; torch's default generator otherwise.
+            with_importance: also report Eq. 2's importance.
+        """
+        tokens = tokens.detach()
+        steps = None
+        if self.frame_sampler is not None:
+            candidates = (self.frame_sampler.num_candidates(grid[0]), *grid[1:])
+            counts = count_per_step(_run(self.selector, tokens, candidates, generator), candidates)
+            if training:
+                steps = self.frame_sampler(counts, grid[0], generator)
+            else:
+                steps = self.frame_sampler.most_probable(counts, grid[0])
+            everything = torch.arange(math.prod(grid), device=tokens.device).expand(tokens.shape[0], -1)
+            tokens = gather_tokens(tokens, source_positions(everything, steps, grid))
+        kept = _run(self.selector, tokens, grid, generator)
+        importance = None
+        if with_importance and isinstance(self.selector, ReRoSelector):
+            importance = self.selector.importance(tokens, grid)
+        visible, target = self._split(kept, tokens, grid, generator)
+        return TokenSelection(visible, target, grid, importance, steps)
+
+    def _split(
+        self, kept: Tensor, tokens: Tensor, grid: Grid, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """kept (B, K) → visible (B, V), target (B, M) or None."""
+        if self.task != "pretraining":
+            return kept, None
+        count = self.num_visible(grid, kept.shape[1])
+        if self.visible is None:  # ρ_post of the kept, at random (§4.1)
+            order = shuffled(kept.shape[0], kept.shape[1], kept.device, generator)
+            chosen, others = order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
+            return kept.gather(1, chosen), kept.gather(1, others)
+        visible = _run(self.visible, tokens, grid, generator)
+        shared = visible.shape[1]
+        if self._running_tube():  # a tube's place is kept in 4·keep_ratio of every 4 steps
+            shared = shared * kept.shape[1] // math.prod(grid)
+        seen = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device).scatter(1, visible, 1)
+        unseen_first = seen.gather(1, kept).sort(dim=1, stable=True).indices
+        return visible, kept.gather(1, unseen_first[:, : kept.shape[1] - shared])
+
+
+def source_positions(positions: Tensor, steps: Tensor | None, grid: Grid) -> Tensor:
+    """Positions (B, M) in the drawn clip's grid → the same tubelets' positions in the candidate clip's grid."""
+    if steps is None:
+        return positions
+    area = grid[1] * grid[2]
+    return steps.gather(1, positions // area) * area + positions % area
+
+
+def _run(selector: Selector, tokens: Tensor, grid: Grid, generator: torch.Generator | None) -> Tensor:
+    if isinstance(selector, TokenSelector) and selector.random:
+        return selector(tokens, grid, generator=generator)
+    kept = selector(tokens, grid)
+    if not isinstance(selector, TokenSelector):
+        if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.shape[:-1] != tokens.shape[:1]:
+            got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
+            raise ValueError(f"a selector must return int64 indices ({tokens.shape[0]}, K), got {got}")
+        kept = kept.sort(dim=1).values
+    return kept
+
+
+def _checked_selector(selector: Selector, name: str) -> Selector:
+    if not callable(selector):
+        raise TypeError(f"{name} must be a callable (tokens, grid) -> (B, K) indices, got {selector!r}")
+    if isinstance(selector, nn.Module):
+        state = [key for key, _ in (*selector.named_parameters(), *selector.named_buffers())]
+        if state:
+            raise TypeError(
+                f"{name} must have neither parameters nor buffers, so that the model's checkpoints stay as they are; "
+                f"{type(selector).__name__} has {', '.join(state)}"
+            )
+    return selector
+
+
+def _settings_of(selector: Selector) -> dict[str, Any]:
+    if isinstance(selector, TokenSelector) and type(selector).__module__ == TokenSelector.__module__:
+        return selector.settings
+    return {"name": "custom"}
+
+
+def selector_from(settings: dict[str, Any], name: str) -> Selector:
+    """Rebuild a selector from `config.everest`. Raises ValueError for one that JSON could not record."""
+    known = {cls.__name__: cls for cls in TokenSelector.__subclasses__() if cls.__module__ == TokenSelector.__module__}
+    if settings.get("name") not in known or settings.get("distance") == "custom":
+        raise ValueError(
+            f"config.everest records a custom {name}, which can't be rebuilt from {settings}: pass {name}="
+        )
+    return known[settings["name"]](**{key: value for key, value in settings.items() if key != "name"})

@@ -1,0 +1,243 @@
+"""Which tokens of a clip are kept: redundancy-robust selection (paper §4.1, Eq. 2) and its baselines.
+
+A selector maps token embeddings (B, N, D) of a grid (t, h, w), N = t·h·w and t-major, to the kept indices (B, K),
+int64 and ascending. It has neither parameters nor buffers, so that it changes no state dict, and it knows no model.
+K depends on the grid alone: shapes stay static and every clip of a batch keeps equally many tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from everest_tokens.distances import DISTANCES, Distance
+
+Grid = tuple[int, int, int]
+Selector = Callable[[Tensor, Grid], Tensor]
+
+
+def floor_of(ratio: float, count: int) -> int:
+    """⌊ratio·count⌋ for the decimal that `ratio` was meant to be: 0.29 of 100 is 29, although 0.29 * 100 < 29."""
+    return math.floor(ratio * count + 1e-9)
+
+
+class StaticRatio:
+    """A float setting that shapes follow from, as an attribute descriptor over the owner's `settings`.
+
+    Kept as text beside `settings`: torch.compile takes a float that changed once for a symbol, and the number of kept
+    tokens with it; a text is a constant, so that each new value compiles once, into static shapes.
+    """
+
+    def __init__(self, description: str, valid: Callable[[float], bool]) -> None:
+        self.description, self.valid = description, valid
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.text = name, f"_{name}_text"
+
+    def __get__(self, owner: Any, _: type | None = None) -> Any:
+        return self if owner is None else float(getattr(owner, self.text))
+
+    def __set__(self, owner: Any, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.valid(value):
+            raise ValueError(f"{self.name} must be {self.description}, got {value!r}")
+        setattr(owner, self.text, repr(float(value)))
+        owner.settings[self.name] = float(value)
+
+
+def check_grid(tokens: Tensor, grid: Grid) -> None:
+    """Raise ValueError unless tokens are (B, t·h·w, D)."""
+    t, h, w = grid
+    if tokens.ndim != 3 or tokens.shape[1] != t * h * w:
+        raise ValueError(f"expected tokens (B, {t * h * w}, D) for grid {grid}, got {tuple(tokens.shape)}")
+
+
+def shuffled(batch: int, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Independent random permutations of 0…count−1. Returns (batch, count) int64 on `device`."""
+    if generator is None:
+        return torch.rand(batch, count, device=device).argsort(dim=1)
+    return torch.rand(batch, count, device=generator.device, generator=generator).argsort(dim=1).to(device)
+
+
+class TokenSelector(nn.Module):
+    """What our selectors share: a keep ratio that is checked when it is set, and settings that JSON can hold.
+
+    `settings` is the one place where a selector's state lives; `config.everest` holds this very dict, so that what
+    `save_pretrained` writes is the live state.
+    """
+
+    random: ClassVar[bool] = False  # whether forward draws, and so takes `generator=`
+    keep_ratio = StaticRatio("a number in (0, 1]", lambda ratio: 0 < ratio <= 1)  # ρ_pre of the paper
+
+    def __init__(self, keep_ratio: float) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {"name": type(self).__name__}
+        self.keep_ratio = keep_ratio
+
+    def num_kept(self, grid: Grid) -> int:
+        """K for one clip of `grid`. Raises ValueError where nothing would be left."""
+        kept = self._count(grid)
+        if kept < 1:
+            raise ValueError(f"keep_ratio {self.keep_ratio} leaves no token of grid {grid} ({math.prod(grid)} tokens)")
+        return kept
+
+    def _count(self, grid: Grid) -> int:
+        return floor_of(self.keep_ratio, math.prod(grid))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.settings.items() if key != "name")
+
+
+class ReRoSelector(TokenSelector):
+    """Redundancy-robust selection: the ⌊ρ_pre·N⌋ most changed tokens of the clip (Eq. 2).
+
+    They are taken over the whole clip: a frame may keep all of its tokens or none. Ties go to the lower index, so that
+    a static clip too has one well-defined answer.
+
+    Args:
+        keep_ratio: ρ_pre, in (0, 1]; the paper uses 0.3 in pre-training, 0.6 in fine-tuning (Tables 7 and 8).
+        distance: S of Eq. 2: "l2" (the paper's), "l1", "cosine", "cka" (Table 9), or a callable (a, b) → (...,) of
+            two float32 tensors (..., D).
+        descending: False keeps the least changed tokens instead (Table 16).
+    """
+
+    def __init__(self, keep_ratio: float = 0.3, distance: str | Distance = "l2", descending: bool = True) -> None:
+        super().__init__(keep_ratio)
+        self.distance = distance
+        self.descending = descending
+
+    @property
+    def distance(self) -> str | Distance:
+        """S of Eq. 2: a name of `distances.DISTANCES`, or a callable."""
+        return self._callable or self.settings["distance"]
+
+    @distance.setter
+    def distance(self, value: str | Distance) -> None:
+        if not callable(value) and value not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)} or a callable, got {value!r}")
+        self._callable = value if callable(value) else None
+        self.settings["distance"] = "custom" if callable(value) else value
+
+    @property
+    def descending(self) -> bool:
+        """True keeps the most changed tokens, False the least changed."""
+        return self.settings["descending"]
+
+    @descending.setter
+    def descending(self, value: bool) -> None:
+        self.settings["descending"] = bool(value)
+
+    @torch.no_grad()
+    def importance(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """I of Eq. 2, in float32 under autocast too and without grad.
+
+        Tokens of the first time step have no predecessor and take the importance of the same place at the second.
+
+        Args:
+            tokens: (B, N, D), embeddings before the position embedding.
+            grid: (t, h, w) with t ≥ 2.
+
+        Returns:
+            (B, N) float32, larger where more changed.
+
+        Raises:
+            ValueError: the tokens don't fit the grid, or it has fewer than two time steps.
+        """
+        check_grid(tokens, grid)
+        t, h, w = grid
+        if t < 2:
+            raise ValueError(f"importance compares time steps: expected at least 2, got grid {grid}")
+        steps = tokens.detach().unflatten(1, (t, h * w))  # (B, t, h·w, D)
+        later, earlier = steps[:, 1:], steps[:, :-1]
+        with _full_precision(tokens.device.type):
+            if self._callable is None:
+                change = DISTANCES[self.settings["distance"]](later, earlier)  # (B, t - 1, h·w)
+            else:
+                change = self._callable(later.float(), earlier.float()).float()
+        if change.shape != later.shape[:-1]:
+            raise ValueError(f"distance must return {tuple(later.shape[:-1])}, got {tuple(change.shape)}")
+        return torch.cat([change[:, :1], change], dim=1).flatten(1)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """(B, N, D) → kept indices (B, K), int64, ascending. Raises as `importance` and `num_kept` do."""
+        kept = self.num_kept(grid)
+        ranked = self.importance(tokens, grid).sort(dim=1, descending=self.descending, stable=True).indices
+        return ranked[:, :kept].sort(dim=1).values
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, on the devices that know autocast (meta doesn't)."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
+class RandomSelector(TokenSelector):
+    """⌊keep_ratio·N⌋ tokens drawn at random, as in ST-MAE (Feichtenhofer et al., 2022)."""
+
+    random = True
+
+    def forward(self, tokens: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+        """(B, N, D) → kept indices (B, K), int64, ascending."""
+        check_grid(tokens, grid)
+        order = shuffled(tokens.shape[0], math.prod(grid), tokens.device, generator)
+        return order[:, : self.num_kept(grid)].sort(dim=1).values
+
+
+class TubeSelector(TokenSelector):
+    """The same random places in every time step, as in VideoMAE (Tong et al., 2022).
+
+    VideoMAE hides ⌊(1 − keep_ratio)·h·w⌋ places; the others are kept: 20 of 196, so 160 of 1568 tokens at 0.1.
+    """
+
+    random = True
+
+    def _count(self, grid: Grid) -> int:
+        t, h, w = grid
+        return t * (h * w - floor_of(1 - self.keep_ratio, h * w))
+
+    def forward(self, tokens: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+        """(B, N, D) → kept indices (B, K), int64, ascending."""
+        check_grid(tokens, grid)
+        t, h, w = grid
+        order = shuffled(tokens.shape[0], h * w, tokens.device, generator)
+        places = order[:, : self.num_kept(grid) // t].sort(dim=1).values  # (B, K / t)
+        steps = torch.arange(t, device=tokens.device) * (h * w)
+        return (steps[None, :, None] + places[:, None, :]).flatten(1)
+
+
+class RunningCellSelector(TokenSelector):
+    """2×2 cells whose kept places run on by one a time step, as in MAR (Qing et al., 2023) and VideoMAE V2.
+
+    Place p (row-major) of every cell is kept at step i where (p + i + phase) mod 4 < 4·keep_ratio; the phase is drawn
+    for each clip.
+
+    Args:
+        keep_ratio: ¼, ½ or ¾, else a ValueError.
+    """
+
+    random = True
+
+    keep_ratio = StaticRatio("0.25, 0.5 or 0.75 (whole places of a 2×2 cell)", lambda ratio: ratio in (0.25, 0.5, 0.75))
+
+    def _count(self, grid: Grid) -> int:
+        t, h, w = grid
+        if h % 2 or w % 2:
+            raise ValueError(f"2×2 running cells need an even height and width, got grid {grid}")
+        return round(self.keep_ratio * t * h * w)
+
+    def forward(self, tokens: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+        """(B, N, D) → kept indices (B, K), int64, ascending. Raises ValueError for an odd height or width."""
+        check_grid(tokens, grid)
+        kept = self.num_kept(grid)
+        t, h, w = grid
+        device = tokens.device
+        phase = shuffled(tokens.shape[0], 4, device, generator)[:, :1]  # (B, 1), uniform over 0…3
+        step = torch.arange(t, device=device)[:, None, None]
+        row = torch.arange(h, device=device)[:, None] % 2
+        column = torch.arange(w, device=device) % 2
+        position = (step + 2 * row + column).flatten()  # (N,)
+        dropped = (position + phase) % 4 >= round(4 * self.keep_ratio)  # (B, N), K of them False in every row
+        return dropped.byte().sort(dim=1, stable=True).indices[:, :kept]

@@ -1,0 +1,124 @@
+"""Tubelets: the grid of a clip, the pixels of chosen tubelets, and their embedding without touching the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from everest_tokens.selectors import Grid
+
+
+@dataclass(frozen=True)
+class TubeletSize:
+    """Frames × rows × columns of one tubelet, the kernel and the stride of the tubelet embedding."""
+
+    frames: int
+    height: int
+    width: int
+
+    def grid(self, frames: int, height: int, width: int) -> Grid:
+        """(t, h, w) of a clip. Raises ValueError where the frames don't divide into tubelets or make fewer than two."""
+        if frames % self.frames:
+            raise ValueError(f"{frames} frames are not divisible by tubelet_size {self.frames}")
+        if frames // self.frames < 2:
+            raise ValueError(f"expected at least two time steps ({2 * self.frames} frames), got {frames} frames")
+        return frames // self.frames, height // self.height, width // self.width
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (B, N, D), index (B, M) → (B, M, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def gather_tubelets(pixels: Tensor, index: Tensor, size: TubeletSize) -> Tensor:
+    """The pixels of chosen tubelets, differentiable, reading no others.
+
+    Args:
+        pixels: (B, T, C, H, W).
+        index: (B, M) int64, positions in the t-major grid of the clip.
+
+    Returns:
+        (B, M, C, frames, height, width): a Conv3d kernel's order.
+    """
+    batch, _, _, height, width = pixels.shape
+    rows, columns = height // size.height, width // size.width
+    blocks = rearrange(  # a view; the slices cut what a convolution leaves over at the edge
+        pixels[..., : rows * size.height, : columns * size.width],
+        "b (t f) c (h p) (w q) -> b t h w c f p q",
+        f=size.frames,
+        p=size.height,
+        q=size.width,
+    )
+    clip = torch.arange(batch, device=index.device).unsqueeze(1)
+    place = index % (rows * columns)
+    return blocks[clip, index // (rows * columns), place // columns, place % columns]
+
+
+class _KnownProjection(torch.autograd.Function):
+    """patches · Wᵀ + b whose value is already known: forward gathers it, backward is the linear layer's own.
+
+    The clip was embedded once, without grad, to score its tokens. Embedding the visible ones again would cost a second
+    product, embedding the clip with grad a weight gradient over every token; this costs neither.
+    """
+
+    @staticmethod
+    def forward(embedded: Tensor, index: Tensor, patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return gather_tokens(embedded, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        _, _, patches, weight, bias = inputs
+        ctx.save_for_backward(patches, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        patches, weight = ctx.saved_tensors
+        grad_patches = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_patches = (grad @ weight.flatten(1).to(grad.dtype)).to(patches.dtype)
+        if ctx.needs_input_grad[3]:
+            flat = grad.flatten(0, 1).T @ patches.flatten(0, 1).to(grad.dtype)
+            grad_weight = flat.view_as(weight).to(weight.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+            grad_bias = grad.sum(dim=(0, 1)).to(ctx.bias_dtype)
+        return None, None, grad_patches, grad_weight, grad_bias
+
+
+def is_plain_conv3d(module: nn.Module) -> bool:
+    """Whether a module is exactly an nn.Conv3d whose call does nothing but its convolution.
+
+    An adapter (LoRA), a parametrisation or an FSDP unit is of another type or wraps it; hooks and an instance-level
+    forward may change what goes in or comes out.
+    """
+    return type(module) is nn.Conv3d and is_unhooked(module)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward alone."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def embed_chosen(embedded: Tensor, pixels: Tensor, index: Tensor, projection: nn.Conv3d, size: TubeletSize) -> Tensor:
+    """The embeddings of the chosen tubelets, with the gradient that embedding them alone would give.
+
+    Args:
+        embedded: (B, N, D), `projection` of the whole clip, computed without grad.
+        pixels: (B, T, C, H, W), the clip.
+        index: (B, M) int64, positions in the clip's grid.
+        projection: the Conv3d whose stride is its kernel.
+
+    Returns:
+        (B, M, D). Its backward sees the chosen tubelets' pixels and no others.
+    """
+    trained = (projection.weight, projection.bias, pixels)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)):
+        return gather_tokens(embedded, index)
+    # In the embedding's dtype: what is saved for backward is then as small as autocast makes it.
+    patches = gather_tubelets(pixels, index, size).flatten(2).to(embedded.dtype)  # (B, M, C·frames·height·width)
+    return _KnownProjection.apply(embedded, index, patches, projection.weight, projection.bias)
