@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def bytes_saved_for_backward(forward: Callable[[], object], exclude: Iterable[Te
 
 
 def paired_seconds(
-    steps: dict[str, Callable[[], object]],
+    steps: Mapping[str, Callable[[], object]],
     repeats: int,
     *,
     warmup: int = 1,

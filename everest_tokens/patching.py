@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelecti
 from everest_tokens.selectors import ReRoSelector, Selector
 
 logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
 
 # A float of its own identity: 0.9 that a caller passes must win over a recorded value, this default must not.
 _MASK_RATIO = float("0.9")
@@ -21,14 +22,14 @@ _KEEP_RATIO = {"pretraining": 0.3, "encoder": 0.6}  # ρ_pre of Tables 7 and 8
 
 
 def patch_videomae(
-    model: nn.Module,
+    model: Model,
     selector: Selector | None = None,
     *,
     mask_ratio: float = _MASK_RATIO,
     visible: Selector | None = None,
     frame_sampler: InfoFrameSampler | None = None,
     drop_path: float = 0.0,
-) -> nn.Module:
+) -> Model:
     """Let only the informative tokens of a video reach the model's encoder and decoder (paper §4.1, Eq. 2 and 3).
 
     In place: parameters, state dict, classes' names, config class, outputs and forward parameters stay as they are.
@@ -79,7 +80,7 @@ def patch_videomae(
     return model
 
 
-def unpatch_videomae(model: nn.Module) -> nn.Module:
+def unpatch_videomae(model: Model) -> Model:
     """Give the model back exactly as it was before `patch_videomae`, its trained weights aside.
 
     Raises:

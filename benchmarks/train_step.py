@@ -1,0 +1,202 @@
+"""What does a training step cost, before and after patching? Time, bytes saved for backward, selection's own share.
+
+Every pair is timed in turn in one process (forward, backward, AdamW), so that a machine's slow moments fall on both;
+the ratio is the median over the pairs. Writes JSON with device, versions, command and every single time.
+
+    python benchmarks/train_step.py                     # ViT-B, both phases, on this machine
+    python benchmarks/train_step.py --sizes S B L --repeats 15 --compile --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
+
+import everest_tokens as et
+from everest_tokens.measuring import bytes_saved_for_backward, median_ratio, paired_seconds
+
+# Encoder width, depth, heads; decoder width and heads (VideoMAE's models; decoder depth 4 as in the paper's GFLOPs).
+SIZES = {
+    "S": (384, 12, 6, 192, 3),
+    "B": (768, 12, 12, 384, 6),
+    "L": (1024, 24, 16, 512, 8),
+    "H": (1280, 32, 16, 512, 8),
+}
+PHASES = {"fine-tuning": (VideoMAEForVideoClassification, 0.6), "pre-training": (VideoMAEForPreTraining, 0.3)}
+# What ViT-B at batch size 2 is to reach on two CPU cores: step-time ratio, saved-bytes ratio, selection's share.
+TARGETS = {"fine-tuning": (0.55, 0.605, 0.02), "pre-training": (0.56, 0.525, None)}
+
+
+def config_of(size: str, frames: int) -> VideoMAEConfig:
+    width, depth, heads, decoder_width, decoder_heads = SIZES[size]
+    return VideoMAEConfig(
+        num_frames=frames,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        decoder_hidden_size=decoder_width,
+        decoder_num_attention_heads=decoder_heads,
+        decoder_intermediate_size=4 * decoder_width,
+        num_labels=400,
+    )
+
+
+def training_step(model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, optimized: bool) -> Any:
+    device = inputs["pixel_values"].device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if optimized else None
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def step() -> None:
+        with autocast():
+            loss = model(**inputs).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -> dict[str, Any]:
+    """One pair: a plain model and its patched copy."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    cls, keep_ratio = PHASES[phase]
+    torch.manual_seed(0)
+    plain = cls(config_of(size, options.frames)).to(device).train()
+    patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(keep_ratio))
+    clips = torch.randn(options.batch_size, options.frames, 3, 224, 224, device=device)
+    selection = et.select_tokens(patched, clips)
+    tokens = math.prod(selection.grid)
+    before: dict[str, Any] = {"pixel_values": clips}
+    after: dict[str, Any] = {"pixel_values": clips}
+    if phase == "fine-tuning":
+        before["labels"] = after["labels"] = torch.arange(options.batch_size, device=device)
+    else:  # VideoMAE's 90 % tube masking
+        seen = et.TubeSelector(0.1)(clips.new_zeros(options.batch_size, tokens, 1), selection.grid)
+        hidden = torch.ones(options.batch_size, tokens, dtype=torch.bool, device=device)
+        before["bool_masked_pos"] = hidden.scatter(1, seen, False)
+    inputs = {"before": before, "after": after}
+    models = {"before": plain, "after": patched}
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    flops = {name: et.count_flops(model).total for name, model in models.items()}
+    saved = {}
+    for name, model in models.items():
+        with autocast():
+            saved[name] = bytes_saved_for_backward(partial(model, **inputs[name]), exclude=model.parameters())
+
+    result: dict[str, Any] = {
+        "size": size,
+        "phase": phase,
+        "keep_ratio": keep_ratio,
+        "visible": selection.visible.shape[1],
+        "kept": selection.kept.shape[1],
+        "tokens": tokens,
+        "macs": flops,
+        "macs_ratio": flops["after"] / flops["before"],
+        "saved_bytes": saved,
+        "saved_ratio": saved["after"] / saved["before"],
+    }
+    if options.compile:
+        models = {name: torch.compile(model) for name, model in models.items()}
+    steps = {name: training_step(models[name], inputs[name], dtype, not options.no_optimizer) for name in models}
+    seconds = paired_seconds(steps, options.repeats, warmup=2, device=device, progress=progress)
+    ratios = sorted(a / b for a, b in zip(seconds["after"], seconds["before"], strict=True))
+    result["seconds"] = seconds
+    result["step_ratio"] = median_ratio(seconds["after"], seconds["before"])
+    result["step_ratio_quartiles"] = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
+
+    width = plain.config.hidden_size
+    embedded = torch.randn(options.batch_size, tokens, width, device=device)
+    select = {"select": partial(patched.everest.select, embedded, selection.grid)}
+    own = statistics.median(paired_seconds(select, 20, warmup=3, device=device)["select"])
+    result["selection_seconds"] = own
+    result["selection_share"] = own / statistics.median(seconds["after"])
+    if device.type == "cuda":
+        result["peak_bytes"] = {name: peak_bytes(step, device) for name, step in steps.items()}
+    return result
+
+
+def peak_bytes(step: Any, device: torch.device) -> dict[str, int]:
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return {
+        "allocated": torch.cuda.max_memory_allocated(device),
+        "reserved": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def report(result: dict[str, Any], check: bool) -> None:
+    targets = TARGETS[result["phase"]] if check else (None, None, None)
+    print(f"\nViT-{result['size']} {result['phase']}, keep ratio {result['keep_ratio']}")
+    low, high = result["step_ratio_quartiles"]
+    rows = (
+        ("forward multiply-accumulates", result["macs_ratio"], None, ""),
+        ("training step, seconds", result["step_ratio"], targets[0], f"  (quartiles {low:.3f} to {high:.3f})"),
+        ("bytes saved for backward", result["saved_ratio"], targets[1], ""),
+        ("selection's share of the step", result["selection_share"], targets[2], ""),
+    )
+    for what, value, target, more in rows:
+        verdict = "" if target is None else f"  target ≤ {target}: {'met' if value <= target else 'MISSED'}"
+        print(f"  {what:<32}{value:8.4f}{verdict}{more}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["B"])
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both models")
+    parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    options = parser.parse_args()
+
+    cpu = options.device == "cpu"
+    results = []
+    total = len(options.sizes) * len(options.phases) * 2 * (options.repeats + 2)
+    with tqdm(total=total, desc="training steps", unit="step") as bar:
+        for size in options.sizes:
+            for phase in options.phases:
+                bar.set_description(f"ViT-{size} {phase}")
+                results.append(measure(size, phase, options, bar.update))
+    for result in results:
+        report(result, check=result["size"] == "B" and options.batch_size == 2 and cpu and options.frames == 16)
+    document = {
+        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(),
+        "machine": platform.machine(),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, timm, et)},
+        "batch_size": options.batch_size,
+        "frames": options.frames,
+        "dtype": options.dtype,
+        "compiled": options.compile,
+        "optimizer": None if options.no_optimizer else "AdamW(fused)",
+        "results": results,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
