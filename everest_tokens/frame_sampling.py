@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everest_tokens.selectors import StaticRatio, floor_of
+from everest_tokens.selectors import floor_of, static_ratio
 
 
 class InfoFrameSampler:
@@ -19,7 +19,7 @@ class InfoFrameSampler:
         alpha: α > 1, how many times more candidates than steps; the paper's best is 1.5 (Table 13).
     """
 
-    alpha = StaticRatio("a number above 1", lambda alpha: 1 < alpha < float("inf"))
+    alpha = static_ratio("alpha", "a number above 1", lambda alpha: 1 < alpha < float("inf"))
 
     def __init__(self, alpha: float = 1.5) -> None:
         self.settings: dict[str, Any] = {"name": type(self).__name__}

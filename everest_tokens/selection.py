@@ -17,11 +17,11 @@ from everest_tokens.selectors import (
     ReRoSelector,
     RunningCellSelector,
     Selector,
-    StaticRatio,
     TokenSelector,
     TubeSelector,
     floor_of,
     shuffled,
+    static_ratio,
 )
 from everest_tokens.tubelets import gather_tokens
 
@@ -97,7 +97,7 @@ class SelectionPolicy:
         frame_sampler: draws the clip's time steps out of more candidates (§4.2).
     """
 
-    mask_ratio = StaticRatio("a number in (0, 1)", lambda ratio: 0 < ratio < 1)
+    mask_ratio = static_ratio("mask_ratio", "a number in (0, 1)", lambda ratio: 0 < ratio < 1)
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -26,27 +26,24 @@ def floor_of(ratio: float, count: int) -> int:
     return math.floor(ratio * count + 1e-9)
 
 
-class StaticRatio:
-    """A float setting that shapes follow from, as an attribute descriptor over the owner's `settings`.
+def static_ratio(name: str, expected: str, valid: Callable[[float], bool]) -> Any:
+    """A float setting that shapes follow from, as a property over the owner's `settings`.
 
     Kept as text beside `settings`: torch.compile takes a float that changed once for a symbol, and the number of kept
     tokens with it; a text is a constant, so that each new value compiles once, into static shapes.
     """
+    text = f"_{name}_text"
 
-    def __init__(self, description: str, valid: Callable[[float], bool]) -> None:
-        self.description, self.valid = description, valid
+    def get(self: Any) -> float:
+        return float(getattr(self, text))
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name, self.text = name, f"_{name}_text"
+    def set_(self: Any, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not valid(value):
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+        setattr(self, text, repr(float(value)))
+        self.settings[name] = float(value)
 
-    def __get__(self, owner: Any, _: type | None = None) -> Any:
-        return self if owner is None else float(getattr(owner, self.text))
-
-    def __set__(self, owner: Any, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.valid(value):
-            raise ValueError(f"{self.name} must be {self.description}, got {value!r}")
-        setattr(owner, self.text, repr(float(value)))
-        owner.settings[self.name] = float(value)
+    return property(get, set_)
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> None:
@@ -71,7 +68,7 @@ class TokenSelector(nn.Module):
     """
 
     random: ClassVar[bool] = False  # whether forward draws, and so takes `generator=`
-    keep_ratio = StaticRatio("a number in (0, 1]", lambda ratio: 0 < ratio <= 1)  # ρ_pre of the paper
+    keep_ratio = static_ratio("keep_ratio", "a number in (0, 1]", lambda ratio: 0 < ratio <= 1)  # ρ_pre of the paper
 
     def __init__(self, keep_ratio: float) -> None:
         super().__init__()
@@ -153,10 +150,10 @@ class ReRoSelector(TokenSelector):
             raise ValueError(f"importance compares time steps: expected at least 2, got grid {grid}")
         steps = tokens.detach().unflatten(1, (t, h * w))  # (B, t, h·w, D)
         later, earlier = steps[:, 1:], steps[:, :-1]
-        with _full_precision(tokens.device.type):
-            if self._callable is None:
-                change = DISTANCES[self.settings["distance"]](later, earlier)  # (B, t - 1, h·w)
-            else:
+        if self._callable is None:
+            change = DISTANCES[self.settings["distance"]](later, earlier)  # (B, t - 1, h·w)
+        else:  # may hold products that autocast would lower; the meta device knows no autocast
+            with nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False):
                 change = self._callable(later.float(), earlier.float()).float()
         if change.shape != later.shape[:-1]:
             raise ValueError(f"distance must return {tuple(later.shape[:-1])}, got {tuple(change.shape)}")
@@ -167,11 +164,6 @@ class ReRoSelector(TokenSelector):
         kept = self.num_kept(grid)
         ranked = self.importance(tokens, grid).sort(dim=1, descending=self.descending, stable=True).indices
         return ranked[:, :kept].sort(dim=1).values
-
-
-def _full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, on the devices that know autocast (meta doesn't)."""
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 class RandomSelector(TokenSelector):
@@ -220,7 +212,7 @@ class RunningCellSelector(TokenSelector):
 
     random = True
 
-    keep_ratio = StaticRatio("0.25, 0.5 or 0.75 (whole places of a 2×2 cell)", lambda ratio: ratio in (0.25, 0.5, 0.75))
+    keep_ratio = static_ratio("keep_ratio", "0.25, 0.5 or 0.75, whole places of a cell", (0.25, 0.5, 0.75).__contains__)
 
     def _count(self, grid: Grid) -> int:
         t, h, w = grid
