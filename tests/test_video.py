@@ -1,0 +1,726 @@
+"""everest_tokens.video on videos made on the spot, whose frames carry their number as eight light or dark bars."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from everest_tokens import decoding
+from everest_tokens.video import clip_transform, dense_indices, load_clip, read_frames, video_length
+
+HAS_X264 = "libx264" in av.codecs_available
+H264 = "libx264" if HAS_X264 else "mpeg4"
+LENGTH = 60
+GROUP = 12  # frames from one key frame to the next
+
+
+def picture(number: int, width: int, height: int) -> np.ndarray:
+    """uint8 (height, width, 3): above, the bits of `number`, the lowest at the left; below, something coloured."""
+    image = np.empty((height, width, 3), np.uint8)
+    for bit in range(8):
+        image[: height // 2, bit * width // 8 : (bit + 1) * width // 8] = 230 if number >> bit & 1 else 20
+    image[height // 2 :, :, 0] = number * 7 % 256
+    image[height // 2 :, :, 1] = np.arange(width) % 256
+    image[height // 2 :, :, 2] = 90
+    return image
+
+
+def numbers_in(frames: torch.Tensor) -> list[int]:
+    """Reads the numbers back from uint8 (T, 3, H, W), looking at the middle of each bar only."""
+    height, width = frames.shape[-2:]
+    rows = frames.float()[:, :, height // 8 : height * 3 // 8]
+    bars = [rows[..., bit * width // 8 + width // 32 : (bit + 1) * width // 8 - width // 32] for bit in range(8)]
+    bits = torch.stack([bar.mean((1, 2, 3)) > 125 for bar in bars], 1)
+    return (bits * 2 ** torch.arange(8)).sum(1).tolist()
+
+
+def write_video(
+    path: Path,
+    codec: str = H264,
+    *,
+    length: int = LENGTH,
+    size: tuple[int, int] = (96, 64),
+    times: list[int] | None = None,
+    pix_fmt: str = "yuv420p",
+    b_frames: int = 2,
+    x264: str = "",
+    muxer: dict[str, str] | None = None,
+) -> Path:
+    """Frames 0, 1, … at 25 a second or at `times` in milliseconds, with `b_frames` between the others."""
+    width, height = size
+    clock = Fraction(1, 1000) if times else Fraction(1, 25)
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.time_base = clock
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = GROUP, b_frames
+        if x264 and codec == "libx264":
+            stream.options = {"x264-params": x264}
+        for number in range(length):
+            frame = av.VideoFrame.from_ndarray(picture(number, width, height), "rgb24")
+            frame.pts, frame.time_base = (times[number] if times else number), clock
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def full_decode(path: Path) -> torch.Tensor:
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def turn(upright: Path, path: Path, rotation: int) -> Path:
+    """A copy of an MP4 whose track header asks for a turn by `rotation` degrees counterclockwise."""
+    data = bytearray(upright.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # behind version, times, track, duration, layer and volume
+    sine, cosine = {90: (1, 0), 180: (0, -1), 270: (-1, 0)}[rotation]
+    struct.pack_into(">9i", data, matrix, *(x << 16 for x in (cosine, -sine, 0, sine, cosine, 0, 0, 0)), 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def write_hidden(path: Path) -> Path:
+    """VP8 with a frame that isn't shown before every key frame: a copy of it, so that the picture stays right."""
+    source = write_video(path.with_suffix(".webm"), "libvpx")
+    with av.open(str(source)) as reader, av.open(str(path), "w", format="matroska") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(video=0):
+            if not packet.size:
+                continue
+            if packet.is_keyframe:
+                data = bytearray(bytes(packet))
+                data[0] &= ~0x10  # show_frame
+                hidden = av.Packet(bytes(data))
+                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+                hidden.stream, hidden.is_keyframe = stream, True
+                writer.mux(hidden)
+            packet.stream = stream
+            writer.mux(packet)
+    return path
+
+
+def uneven_times() -> list[int]:
+    return np.random.default_rng(0).integers(5, 200, LENGTH).cumsum().tolist()
+
+
+def restarted(path: Path, offset: int) -> Path:
+    """Two MPEG-TS files one after the other: in the middle the clock starts again, `offset` milliseconds later."""
+    as_it_is = {"mpegts_copyts": "1"}
+    first = write_video(path.with_suffix(".1.ts"), times=[1000 + 40 * i for i in range(LENGTH)], muxer=as_it_is)
+    start = 1000 + offset
+    second = write_video(path.with_suffix(".2.ts"), times=[start + 40 * i for i in range(LENGTH)], muxer=as_it_is)
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    return path
+
+
+# name: (makes the file, the numbers that its frames carry)
+KINDS: dict[str, tuple[Callable[[Path], Path], list[int]]] = {
+    "b-frames.mp4": (write_video, list(range(LENGTH))),
+    "open-gop.mp4": (
+        lambda path: write_video(path, x264="open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3"),
+        list(range(LENGTH)),
+    ),
+    "b-frames.mkv": (write_video, list(range(LENGTH))),
+    "b-frames.ts": (write_video, list(range(LENGTH))),
+    "uneven.mp4": (lambda path: write_video(path, times=uneven_times()), list(range(LENGTH))),
+    "uneven.mkv": (lambda path: write_video(path, times=uneven_times()), list(range(LENGTH))),
+    "mpeg4.avi": (lambda path: write_video(path, "mpeg4"), list(range(LENGTH))),
+    "wrong-times.avi": (write_video, list(range(LENGTH))),  # AVI has no room for H.264's time stamps
+    "no-times": (lambda path: write_raw(path), list(range(LENGTH))),
+    "same-times-again.ts": (lambda path: restarted(path, 0), [*range(LENGTH), *range(LENGTH)]),
+    "times-in-between.ts": (lambda path: restarted(path, 20), [*range(LENGTH), *range(LENGTH)]),
+    "odd-size.mp4": (
+        lambda path: write_video(path, size=(97, 65), pix_fmt="yuv444p" if HAS_X264 else "yuv420p"),
+        list(range(LENGTH)),
+    ),
+    # Starts 0.4 s before time 0: the container hides the first ten frames by an edit list.
+    "edit-list.mp4": (
+        lambda path: write_video(path, times=[40 * (i - 10) for i in range(LENGTH)]),
+        list(range(10, LENGTH)),
+    ),
+    "hidden-frames.mkv": (write_hidden, list(range(LENGTH))),
+    "one-frame.mp4": (lambda path: write_video(path, length=1), [0]),
+}
+
+
+def write_raw(path: Path) -> Path:
+    suffix = ".h264" if HAS_X264 else ".m4v"
+    write_video(path.with_suffix(suffix)).rename(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("videos")
+
+    def make(name: str) -> Path:
+        path = folder / name
+        return path if path.exists() else KINDS[name][0](path)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def faststart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MP4 that has its index in front, so that one cut off or damaged behind it can still be opened."""
+    return write_video(tmp_path_factory.mktemp("videos") / "fast.mp4", muxer={"movflags": "faststart"})
+
+
+@pytest.fixture
+def torchcodec_again() -> object:
+    """Lets the test change what importing torchcodec does."""
+    decoding._torchcodec_decoder.cache_clear()
+    yield
+    decoding._torchcodec_decoder.cache_clear()
+
+
+# --- reading frames ---
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_frame_is_the_one_asked_for(made, name):
+    path, carried = made(name), KINDS[name][1]
+    assert video_length(path, backend="pyav") == len(carried)
+    frames = read_frames(path, range(len(carried)), backend="pyav")
+    assert frames.dtype == torch.uint8
+    assert frames.is_contiguous()
+    assert numbers_in(frames) == carried
+    assert torch.equal(frames, full_decode(path))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_frame_by_itself(made, name):
+    path, carried = made(name), KINDS[name][1]
+    for number, expected in enumerate(carried):
+        assert numbers_in(read_frames(path, [number], backend="pyav")) == [expected]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_order_and_any_repetition(made, name, data):
+    path, carried = made(name), KINDS[name][1]
+    indices = data.draw(st.lists(st.integers(0, len(carried) + 20), min_size=1, max_size=5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a whole file that is merely short is no reason to warn
+        frames = read_frames(str(path), indices, backend="pyav")
+    assert numbers_in(frames) == [carried[min(i, len(carried) - 1)] for i in indices]
+
+
+@pytest.mark.parametrize("indices", [np.array([3, 1]), torch.tensor([3, 1]), (3, 1), iter([np.int32(3), 1])])
+def test_indices_may_be_any_integers(made, indices):
+    assert numbers_in(read_frames(made("b-frames.mp4"), indices)) == [3, 1]
+
+
+@pytest.mark.parametrize(("name", "at_most"), [("b-frames.mp4", 6), ("b-frames.mkv", 6 + GROUP), ("mpeg4.avi", 53)])
+def test_decodes_no_more_than_needed(made, name, at_most, monkeypatch):
+    decoded = []
+    frames = decoding._PyAVReader._frames
+
+    def counting(self, *arguments):
+        for frame in frames(self, *arguments):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(decoding._PyAVReader, "_frames", counting)
+    # 49 and 52 belong to the group that starts at 48; an AVI is counted from the start.
+    assert numbers_in(read_frames(made(name), [52, 49], backend="pyav")) == [52, 49]
+    assert len(decoded) <= at_most
+
+
+class FarSeeker:
+    """A container that lands `frames` behind the key frame that it was asked for, be that a key frame or not."""
+
+    def __init__(self, container: av.container.InputContainer, frames: int) -> None:
+        self.container, self.frames = container, frames
+
+    def __getattr__(self, name: str):
+        return getattr(self.container, name)
+
+    def __enter__(self) -> FarSeeker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.container.close()
+
+    def seek(self, pts: int, stream: av.VideoStream) -> None:
+        self.container.seek(pts + round(self.frames / 25 / stream.time_base), stream=stream, any_frame=True)
+
+
+@pytest.mark.parametrize("frames", [3, GROUP])
+def test_a_seek_that_goes_too_far_is_mended(tmp_path, monkeypatch, frames):
+    # This codec decodes without a key frame too, to something grey.
+    path = write_video(tmp_path / "mpeg4.mp4", "mpeg4", b_frames=0)
+    opened = decoding._PyAVReader._open
+    far = []
+
+    def open_far(self):
+        container, stream = opened(self)
+        far.append(FarSeeker(container, frames))
+        return far[-1], stream
+
+    monkeypatch.setattr(decoding._PyAVReader, "_open", open_far)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbers_in(read_frames(path, [29, 40], backend="pyav")) == [29, 40]
+    assert len(far) == 3  # to number the frames, to seek, and once more from the start
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_honoured(made, tmp_path, rotation):
+    path = turn(made("b-frames.mp4"), tmp_path / "turned.mp4", rotation)
+    upright = read_frames(made("b-frames.mp4"), [0, 37], backend="pyav")
+    turned = read_frames(path, [0, 37], backend="pyav")
+    assert turned.shape == ((2, 3, 64, 96) if rotation == 180 else (2, 3, 96, 64))
+    assert torch.equal(turned, torch.rot90(upright, rotation // 90, dims=(2, 3)))
+
+
+def test_reserved_colour_space_is_read_as_unspecified(made):
+    with av.open(str(made("b-frames.mp4"))) as container:
+        frame = next(container.decode(video=0))
+        expected = decoding._ToRGB()(frame)
+        frame.colorspace = 3  # reserved: swscale refuses it
+        assert torch.equal(decoding._ToRGB()(frame), expected)
+
+
+# --- damage ---
+
+
+def packets(path: Path) -> list[av.Packet]:
+    """In the order in which they are shown."""
+    with av.open(str(path)) as container:
+        return sorted((packet for packet in container.demux(video=0) if packet.size), key=lambda packet: packet.pts)
+
+
+def damage(whole: Path, path: Path, numbers: slice) -> Path:
+    """A copy in which the packets of these frames are overwritten, so that the frames don't decode."""
+    data = bytearray(whole.read_bytes())
+    for packet in packets(whole)[numbers]:
+        content = bytes(packet)
+        assert data.count(content) == 1
+        start = data.index(content)
+        data[start : start + len(content)] = b"\xff" * len(content)
+    path.write_bytes(data)
+    return path
+
+
+def test_cut_off_file_repeats_the_last_decodable_frame(faststart, tmp_path):
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(faststart.read_bytes()[: packets(faststart)[36].pos])  # the key frame of the fourth group
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbers_in(read_frames(path, [3, 30])) == [3, 30]
+    with pytest.warns(UserWarning, match="2 of the 4 frames") as record:
+        frames = read_frames(path, [3, 30, 40, 59])
+    assert len(record) == 1
+    assert str(path) in str(record[0].message)
+    assert record[0].filename == __file__
+    assert numbers_in(frames) == [3, 30, 35, 35]
+
+
+def test_cut_off_avi(made, tmp_path):
+    path, whole = tmp_path / "cut.avi", made("mpeg4.avi")
+    path.write_bytes(whole.read_bytes()[: packets(whole)[36].pos])
+    with pytest.warns(UserWarning, match="1 of the 2 frames") as record:
+        frames = read_frames(path, [10, 50])
+    assert len(record) == 1
+    first, last = numbers_in(frames)
+    assert first == 10
+    assert 30 <= last < 40
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_damage_in_the_middle_leaves_the_other_frames_their_numbers(made, tmp_path, container):
+    path = damage(made(f"b-frames.{container}"), tmp_path / f"damaged.{container}", slice(24, 36))  # the third group
+    assert video_length(path) == LENGTH
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbers_in(read_frames(path, [5, 23])) == [5, 23]
+        assert numbers_in(read_frames(path, [59, 36])) == [59, 36]
+    with pytest.warns(UserWarning, match=r"damaged\..*3 of the 5 frames") as record:
+        frames = read_frames(path, [50, 30, 23, 24, 36, 30])
+    assert len(record) == 1
+    assert numbers_in(frames) == [50, 23, 23, 23, 36, 23]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "indices", "message", "carried"),
+    [
+        (slice(0, 12), [0, 20], "1 of the 2 frames", [12, 20]),  # nothing before it: the next
+        (slice(48, 60), [50, 40, 59, 70], "1 of the 3 frames", [47, 40, 47, 47]),  # 70 isn't promised by the file
+    ],
+)
+def test_damage_at_the_ends(made, tmp_path, numbers, indices, message, carried):
+    path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", numbers)
+    with pytest.warns(UserWarning, match=message):
+        assert numbers_in(read_frames(path, indices)) == carried
+
+
+def test_damage_everywhere_is_undecodable(made, tmp_path):
+    path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", slice(None))
+    with pytest.raises(ValueError, match=r"damaged\.mp4: undecodable, none of its frames"):
+        read_frames(path, [0])
+
+
+def write_audio(path: Path) -> None:
+    """A tenth of a second of silence."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.rate, frame.pts = 8000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("backend", [None, "pyav"])
+@pytest.mark.parametrize(
+    ("name", "make", "problem"),
+    [
+        ("missing.mp4", lambda path: None, "no such file"),
+        ("folder.mp4", Path.mkdir, "a directory"),
+        ("empty.mp4", Path.touch, r"empty \(0 bytes\)"),
+        ("garbage.mp4", lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "undecodable"),
+        ("sound.wav", write_audio, "audio only"),
+    ],
+)
+def test_what_is_no_video(tmp_path, name, make, problem, backend):
+    path = tmp_path / name
+    make(path)
+    for use in (video_length, lambda path, backend: read_frames(path, [0], backend=backend)):
+        with pytest.raises(ValueError, match=problem) as error:
+            use(path, backend=backend)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("indices", "printed"),
+    [
+        ([], r"\[\]"),
+        ([0, -1], "-1"),
+        ([1.5], "1.5"),
+        ([0, None], "None"),
+        ([True], "True"),
+        (torch.tensor([0.0, 2.0]), "0.0"),
+        (torch.tensor([True, False]), "True"),
+        (np.zeros(0, int), "array"),
+        (torch.tensor(3), "3"),
+        (7, "7"),
+        ("12", "'1'"),
+    ],
+)
+def test_bad_indices(made, indices, printed):
+    with pytest.raises(ValueError, match=printed):
+        read_frames(made("one-frame.mp4"), indices)
+
+
+# --- backends ---
+
+
+def test_unknown_backend(made):
+    for use in (video_length, lambda path, backend: read_frames(path, [0], backend=backend)):
+        with pytest.raises(ValueError, match="'pyav', 'torchcodec' or None, got 'decord'"):
+            use(made("one-frame.mp4"), backend="decord")
+
+
+@pytest.mark.usefixtures("torchcodec_again")
+def test_neither_backend_installed(made, monkeypatch):
+    path = made("one-frame.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    for backend in (None, "pyav"):
+        with pytest.raises(ImportError, match=r'pip install "everest-tokens\[video\]"'):
+            read_frames(path, [0], backend=backend)
+
+
+@pytest.mark.usefixtures("torchcodec_again")
+@pytest.mark.parametrize(
+    "code",
+    [
+        "raise RuntimeError('no FFmpeg')",
+        "raise OSError('libavutil')",
+        "raise ImportError",
+        "ffmpeg_major_version = None",
+    ],
+)
+def test_torchcodec_that_does_not_load(made, tmp_path, monkeypatch, code):
+    path = made("b-frames.mp4")
+    (tmp_path / "torchcodec").mkdir()
+    (tmp_path / "torchcodec" / "__init__.py").write_text(code)
+    (tmp_path / "torchcodec" / "decoders.py").write_text("VideoDecoder = None")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbers_in(read_frames(path, [33])) == [33]
+    with pytest.raises(ImportError, match="torchcodec is not installed"):
+        read_frames(path, [33], backend="torchcodec")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
+        del sys.modules[name]  # the test's own, before monkeypatch puts the real one back
+
+
+class FakeDecoder:
+    """Stands for torchcodec: frame i is a picture of the number i, and the last of ten doesn't decode."""
+
+    def __init__(self, path: str, num_ffmpeg_threads: int) -> None:
+        self.metadata = types.SimpleNamespace(codec=self.codec, num_frames_from_header=self.header)
+
+    codec, header, step = "h264", 10, 1.0
+
+    def __len__(self) -> int:
+        return 10
+
+    def get_frames_at(self, indices: list[int]) -> types.SimpleNamespace:
+        assert indices == sorted(set(indices))
+        if 9 in indices:
+            raise RuntimeError("Could not push packet to decoder")
+        data = torch.stack([torch.from_numpy(picture(i + 100, 96, 64)).permute(2, 0, 1) for i in indices])
+        return types.SimpleNamespace(data=data, pts_seconds=torch.arange(len(indices)) * self.step)
+
+
+def test_torchcodec_where_it_loads(made, monkeypatch):
+    monkeypatch.setattr(decoding, "_torchcodec_decoder", lambda: FakeDecoder)
+    path = made("b-frames.mp4")
+    assert video_length(path) == 10
+    assert numbers_in(read_frames(path, [5, 2, 5])) == [105, 102, 105]
+    assert numbers_in(read_frames(path, [5, 2, 5], backend="pyav")) == [5, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "indices", "problem"),
+    [
+        ("b-frames.mp4", {}, [9], "Could not push"),
+        ("b-frames.mp4", {"header": 30}, [12], "cut off"),
+        ("b-frames.mp4", {"step": 0.0}, [3, 4], "one frame for several"),
+        ("b-frames.mp4", {"codec": "vp8"}, [3], "VP8"),
+        ("b-frames.ts", {}, [3], "Matroska"),
+        ("mpeg4.avi", {}, [3], "Matroska"),
+    ],
+)
+def test_what_torchcodec_is_not_trusted_with_is_read_by_pyav(made, monkeypatch, name, change, indices, problem):
+    monkeypatch.setattr(decoding, "_torchcodec_decoder", lambda: type("Fake", (FakeDecoder,), change))
+    assert numbers_in(read_frames(made(name), indices)) == indices
+    with pytest.raises(ValueError, match=problem) as error:
+        read_frames(made(name), indices, backend="torchcodec")
+    assert str(made(name)) in str(error.value)
+
+
+@pytest.fixture
+def real_torchcodec() -> None:
+    pytest.importorskip("torchcodec", exc_type=Exception, reason="torchcodec is not installed or fails to import")
+    if decoding._torchcodec_decoder() is None:
+        pytest.skip("torchcodec finds no FFmpeg shared libraries on this system")
+
+
+TORCHCODEC_KINDS = [name for name in KINDS if name.endswith((".mp4", ".mkv")) and name != "hidden-frames.mkv"]
+
+
+@pytest.mark.usefixtures("real_torchcodec")
+@pytest.mark.parametrize("name", TORCHCODEC_KINDS)
+def test_backends_agree(made, name):
+    path, length = made(name), len(KINDS[name][1])
+    indices = [length - 1, 0, length // 2, length // 3, 0]
+    if name != "edit-list.mp4":  # where torchcodec can't tell hidden frames from lost ones
+        indices.append(length + 7)
+    assert video_length(path, backend="torchcodec") == length
+    frames = read_frames(path, indices, backend="torchcodec")
+    assert torch.equal(frames, read_frames(path, indices, backend="pyav"))
+    assert frames.is_contiguous()
+
+
+@pytest.mark.usefixtures("real_torchcodec")
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_backends_agree_on_rotation(made, tmp_path, rotation):
+    path = turn(made("b-frames.mp4"), tmp_path / "turned.mp4", rotation)
+    assert torch.equal(read_frames(path, [3, 44], backend="torchcodec"), read_frames(path, [3, 44], backend="pyav"))
+
+
+@pytest.mark.usefixtures("real_torchcodec")
+def test_torchcodec_names_a_file_without_video(tmp_path):
+    write_audio(tmp_path / "sound.mkv")
+    with pytest.raises(ValueError, match=r"sound\.mkv.*audio only"):
+        read_frames(tmp_path / "sound.mkv", [0], backend="torchcodec")
+
+
+# --- choosing frames ---
+
+
+def test_dense_indices_by_hand():
+    assert dense_indices(100, 4, 10) == [34, 44, 54, 64]  # 31 frames of 100, 69 left over
+    assert dense_indices(31, 4, 10) == [0, 10, 20, 30]
+    assert dense_indices(30, 4, 10) == [0, 10, 20, 29]
+    assert dense_indices(1, 3, 2) == [0, 0, 0]
+    assert dense_indices(100, 4, 10, start=90) == [90, 99, 99, 99]
+    assert dense_indices(100, 4, 10, start=0) == [0, 10, 20, 30]
+    assert dense_indices(300) == list(range(119, 180, 4))
+
+
+@given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_dense_indices_properties(length, num_frames, stride, seed):
+    span = (num_frames - 1) * stride + 1
+    for generator in (None, torch.Generator().manual_seed(seed)):
+        indices = dense_indices(length, num_frames, stride, generator=generator)
+        assert len(indices) == num_frames
+        if span <= length:
+            assert indices == list(range(indices[0], indices[0] + span, stride))
+            assert 0 <= indices[0] <= indices[-1] < length
+        else:
+            assert indices == [min(i * stride, length - 1) for i in range(num_frames)]
+    centred = dense_indices(length, num_frames, stride)
+    if span <= length:
+        assert 0 <= (length - 1 - centred[-1]) - centred[0] <= 1  # as many frames behind it as in front
+
+
+def test_random_starts_are_uniform_over_all_that_fit():
+    generator = torch.Generator().manual_seed(0)
+    starts = [dense_indices(10, 3, 3, generator=generator)[0] for _ in range(800)]
+    counts = np.bincount(starts)
+    assert len(counts) == 4  # 0 … 3: the clip spans 7 of 10
+    assert counts.min() > 150
+    again = torch.Generator().manual_seed(0)
+    assert starts[:20] == [dense_indices(10, 3, 3, generator=again)[0] for _ in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"length": 0}, "length .* got 0"),
+        ({"length": 5.0}, "length .* got 5.0"),
+        ({"num_frames": -1}, "num_frames .* got -1"),
+        ({"stride": 0}, "stride .* got 0"),
+        ({"stride": True}, "stride .* got True"),
+        ({"start": -1}, "start .* got -1"),
+        ({"start": 50}, "50, got 50"),
+        ({"start": 1, "generator": torch.Generator()}, "both"),
+    ],
+)
+def test_dense_indices_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dense_indices(**{"length": 50, **arguments})
+
+
+# --- preparing clips ---
+
+
+def test_constant_frames_come_out_constant():
+    colour = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    clip = clip_transform(32)(colour.expand(2, 3, 50, 90))
+    assert clip.shape == (2, 3, 32, 32)
+    assert clip.dtype == torch.float32
+    for channel, (value, mean, std) in enumerate(
+        zip((0, 100, 255), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    ):
+        expected = torch.full((2, 32, 32), (value / 255 - mean) / std)
+        torch.testing.assert_close(clip[:, channel], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "shape"),
+    [
+        (32, None, (48, 96)),
+        (32, None, (96, 48)),
+        ((16, 32), None, (48, 60)),
+        ((32, 16), None, (48, 48)),
+        (32, 40, (61, 97)),
+    ],
+)
+def test_the_crop_is_the_middle_and_keeps_the_aspect_ratio(size, short_side, shape):
+    """On ramps: the value at a pixel says where in the source it comes from."""
+    height, width = shape
+    rows = torch.linspace(0, 255, height).view(1, height, 1).expand(1, height, width)
+    columns = torch.linspace(0, 255, width).view(1, 1, width).expand(1, height, width)
+    clip = torch.stack([rows, columns, rows], 1).round().to(torch.uint8)
+    out = clip_transform(size, (0, 0, 0), (1, 1, 1), short_side=short_side)(clip)[0] * 255
+    new_height, new_width = (size, size) if isinstance(size, int) else size
+    assert out.shape == (3, new_height, new_width)
+    scale = short_side / min(shape) if short_side else max(new_height / height, new_width / width)
+    for channel, side in enumerate(shape):  # centred in either direction, to half a pixel
+        assert abs(out[channel].mean() - 127.5) < 1 + 255 / (side * scale) / 2
+    down = (out[0, -3] - out[0, 2]).mean() / (new_height - 5)
+    across = (out[1, :, -3] - out[1, :, 2]).mean() / (new_width - 5)
+    assert down == pytest.approx(255 / (height - 1) / scale, rel=0.03)
+    assert across == pytest.approx(255 / (width - 1) / scale, rel=0.03)
+
+
+def test_clip_transform_can_be_sent_to_workers():
+    transform = clip_transform((24, 16))
+    clip = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(clip), transform(clip))
+
+
+@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": (8, -8)}, {"size": 8.5}, {"short_side": 223}])
+def test_clip_transform_errors(arguments):
+    with pytest.raises(ValueError, match=r"must be an integer of at least (1|224), got"):
+        clip_transform(**arguments)
+
+
+def test_load_clip_by_hand(made):
+    path = made("b-frames.mp4")
+    clip = load_clip(path, num_frames=4, stride=5, size=64, start=7)  # 64 high as it is: no resizing, a crop from 16 on
+    assert clip.shape == (1, 4, 3, 64, 64)
+    assert clip.dtype == torch.float32
+    frames = full_decode(path)[[7, 12, 17, 22], :, :, 16:80].float() / 255
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(clip[0], (frames - mean) / std, atol=1e-5, rtol=0)
+    other = load_clip(path, num_frames=4, stride=5, size=64, start=7, mean=(0, 0, 0), std=(1, 1, 1))
+    torch.testing.assert_close(other[0], frames, atol=1e-6, rtol=0)
+
+
+def test_load_clip_chooses_its_frames_by_dense_indices(made):
+    path = made("uneven.mp4")
+    plain = {"size": (64, 96), "mean": (0, 0, 0), "std": (1, 1, 1)}
+
+    def carried(**arguments) -> list[int]:
+        return numbers_in((load_clip(path, **plain, **arguments)[0] * 255).round().to(torch.uint8))
+
+    assert carried() == dense_indices(LENGTH)
+    assert carried(num_frames=20, stride=5) == [*range(0, 60, 5), *[59] * 8]
+    assert carried(generator=torch.Generator().manual_seed(3), num_frames=3) == dense_indices(
+        LENGTH, 3, generator=torch.Generator().manual_seed(3)
+    )
+
+
+@pytest.mark.parametrize("kind", ["VideoMAEImageProcessor", "VideoMAEVideoProcessor"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"size": {"shortest_edge": 63}, "crop_size": {"height": 63, "width": 63}},  # 63 × 94: an odd margin
+        {"size": {"shortest_edge": 80}, "crop_size": {"height": 64, "width": 56}},
+        {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    ],
+)
+def test_load_clip_equals_the_processor(made, kind, settings):
+    transformers = pytest.importorskip("transformers")
+    path = made("odd-size.mp4")
+    processor = getattr(transformers, kind)(**settings)
+    frames = read_frames(path, [10, 14, 18])
+    expected = processor(list(frames), return_tensors="pt")["pixel_values"]
+    clip = load_clip(path, num_frames=3, start=10, processor=processor)
+    assert clip.shape == expected.shape
+    torch.testing.assert_close(clip, expected, atol=1e-5, rtol=0)
+
+
+def test_load_clip_takes_a_processor_of_any_class(made):
+    path = made("b-frames.mp4")
+    processor = types.SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.25,) * 3, size=48)
+    expected = load_clip(path, num_frames=2, size=48, mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert torch.equal(load_clip(path, num_frames=2, processor=processor), expected)
+    with pytest.raises(ValueError, match="expected a processor with a crop_size or a size"):
+        load_clip(path, processor=types.SimpleNamespace(image_mean=(0,) * 3, image_std=(1,) * 3))
