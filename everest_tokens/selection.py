@@ -26,7 +26,7 @@ from everest_tokens.selectors import (
 from everest_tokens.tubelets import gather_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenSelection:
     """Which tokens of a batch of clips reach the encoder and which are predicted; the others are dropped.
 
@@ -58,17 +58,29 @@ class TokenSelection:
         return count_per_step(self.kept, self.grid)
 
 
+_TENSORS = ("visible", "target", "importance", "steps")
+
+
 def _flatten(selection: TokenSelection) -> tuple[list[Any], Grid]:
-    return [selection.visible, selection.target, selection.importance, selection.steps], selection.grid
+    return [getattr(selection, name) for name in _TENSORS], selection.grid
+
+
+def _flatten_with_keys(selection: TokenSelection) -> tuple[list[Any], Grid]:
+    return [(pytree.GetAttrKey(name), getattr(selection, name)) for name in _TENSORS], selection.grid
 
 
 def _unflatten(tensors: Iterable[Any], grid: Any) -> TokenSelection:
-    visible, target, importance, steps = tensors
-    return TokenSelection(visible, target, tuple(grid), importance, steps)
+    return TokenSelection(grid=tuple(grid), **dict(zip(_TENSORS, tensors, strict=True)))
 
 
 # A pytree, so that torch.export, torch.utils.checkpoint and FSDP reach the tensors inside; the grid is structure.
-pytree.register_pytree_node(TokenSelection, _flatten, _unflatten, serialized_type_name="everest_tokens.TokenSelection")
+pytree.register_pytree_node(
+    TokenSelection,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="everest_tokens.TokenSelection",
+)
 
 
 def count_per_step(kept: Tensor, grid: Grid) -> Tensor:
@@ -152,46 +164,43 @@ class SelectionPolicy:
         """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
         return num_steps if self.frame_sampler is None else self.frame_sampler.num_candidates(num_steps)
 
-    def num_visible(self, grid: Grid, kept: int) -> int:
-        """V. Raises ValueError where pre-training would have no visible token or no target."""
-        if self.task != "pretraining":
-            return kept
-        if isinstance(self.visible, TokenSelector):
-            count = self.visible.num_kept(grid)
-        else:
-            count = floor_of(1 - self.mask_ratio, math.prod(grid))
-        what = f"mask_ratio {self.mask_ratio}" if self.visible is None else f"visible={self.visible!r}"
-        if not 1 <= count < kept:
-            raise ValueError(
-                f"{what} gives {count} visible of {kept} kept tokens: expected at least 1 visible and 1 target"
-            )
-        return count
-
     def check(self, grid: Grid) -> None:
         """Raise ValueError where these settings can't work on clips of `grid`. Custom callables show only when run."""
         self.num_candidates(grid[0])
         if not isinstance(self.selector, TokenSelector):
             return
         kept = self.selector.num_kept(grid)
-        self.num_visible(grid, kept)
-        if isinstance(self.visible, TokenSelector) and not self._nested(grid, kept):
+        if self.task != "pretraining":
+            return
+        if self.visible is None:
+            self._num_targets(self._num_drawn(grid), kept, grid)
+        elif isinstance(self.visible, TokenSelector):
+            self._num_targets(self.visible.num_kept(grid), kept, grid)
+
+    def _num_drawn(self, grid: Grid) -> int:
+        """V where the visible tokens are drawn from the kept."""
+        return floor_of(1 - self.mask_ratio, math.prod(grid))
+
+    def _num_targets(self, visible: int, kept: int, grid: Grid) -> int:
+        """M: how many of the K kept tokens are not visible, the same in every clip, or else a ValueError."""
+        shared = visible
+        if isinstance(self.visible, TokenSelector) and kept < math.prod(grid):
+            selector, tubes = self.selector, isinstance(self.visible, TubeSelector)
+            if isinstance(selector, RunningCellSelector) and tubes and grid[0] % 4 == 0:
+                shared = visible * kept // math.prod(grid)  # a place is kept in 4·keep_ratio of every 4 steps
+            elif not _ranks_alike(selector, self.visible):
+                raise ValueError(
+                    f"how many tokens {selector!r} and visible={self.visible!r} share differs from clip to clip on grid"
+                    f" {grid}, so their targets make no batch: use visible= with a selector that keeps all tokens, with"
+                    " RunningCellSelector and TubeSelector over a multiple of 4 time steps, or with two ReRoSelectors"
+                    " of the same distance"
+                )
+        if visible < 1 or kept - shared < 1:
+            what = f"mask_ratio {self.mask_ratio}" if self.visible is None else f"visible={self.visible!r}"
             raise ValueError(
-                f"how many tokens {self.selector!r} and {self.visible!r} share differs from clip to clip on grid {grid}"
-                ", so their targets make no batch: use visible= with a selector that keeps all tokens, with"
-                " RunningCellSelector and TubeSelector over a multiple of 4 time steps, or with two ReRoSelectors"
-                " that rank alike"
+                f"{what} gives {visible} visible of {kept} kept tokens: expected at least 1 visible and 1 target"
             )
-
-    def _nested(self, grid: Grid, kept: int) -> bool:
-        if kept == math.prod(grid):
-            return True
-        selector, visible = self.selector, self.visible
-        if isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector):
-            return selector.distance == visible.distance and selector.descending == visible.descending
-        return self._running_tube() and grid[0] % 4 == 0
-
-    def _running_tube(self) -> bool:
-        return isinstance(self.selector, RunningCellSelector) and isinstance(self.visible, TubeSelector)
+        return kept - shared
 
     def select(
         self,
@@ -235,18 +244,17 @@ class SelectionPolicy:
         """kept (B, K) → visible (B, V), target (B, M) or None."""
         if self.task != "pretraining":
             return kept, None
-        count = self.num_visible(grid, kept.shape[1])
         if self.visible is None:  # ρ_post of the kept, at random (§4.1)
+            drawn = self._num_drawn(grid)
+            self._num_targets(drawn, kept.shape[1], grid)
             order = shuffled(kept.shape[0], kept.shape[1], kept.device, generator)
-            chosen, others = order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values
+            chosen, others = order[:, :drawn].sort(dim=1).values, order[:, drawn:].sort(dim=1).values
             return kept.gather(1, chosen), kept.gather(1, others)
         visible = _run(self.visible, tokens, grid, generator)
-        shared = visible.shape[1]
-        if self._running_tube():  # a tube's place is kept in 4·keep_ratio of every 4 steps
-            shared = shared * kept.shape[1] // math.prod(grid)
+        targets = self._num_targets(visible.shape[1], kept.shape[1], grid)
         seen = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device).scatter(1, visible, 1)
         unseen_first = seen.gather(1, kept).sort(dim=1, stable=True).indices
-        return visible, kept.gather(1, unseen_first[:, : kept.shape[1] - shared])
+        return visible, kept.gather(1, unseen_first[:, :targets])
 
 
 def source_positions(positions: Tensor, steps: Tensor | None, grid: Grid) -> Tensor:
@@ -286,6 +294,13 @@ def _settings_of(selector: Selector) -> dict[str, Any]:
     if isinstance(selector, TokenSelector) and type(selector).__module__ == TokenSelector.__module__:
         return selector.settings
     return {"name": "custom"}
+
+
+def _ranks_alike(selector: Selector, visible: Selector) -> bool:
+    """Whether the two keep the top of one ranking, so that the shorter selection lies within the longer."""
+    if not (isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector)):
+        return False
+    return selector.distance == visible.distance and selector.descending == visible.descending
 
 
 def selector_from(settings: dict[str, Any], name: str) -> Selector:

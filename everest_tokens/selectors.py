@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +39,7 @@ def static_ratio(name: str, expected: str, valid: Callable[[float], bool]) -> An
         return float(getattr(self, text))
 
     def set_(self: Any, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not valid(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not valid(float(value)):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
         setattr(self, text, repr(float(value)))
         self.settings[name] = float(value)
@@ -114,10 +115,16 @@ class ReRoSelector(TokenSelector):
 
     @distance.setter
     def distance(self, value: str | Distance) -> None:
-        if not callable(value) and value not in DISTANCES:
+        if not callable(value) and not (isinstance(value, str) and value in DISTANCES):
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)} or a callable, got {value!r}")
         self._callable = value if callable(value) else None
         self.settings["distance"] = "custom" if callable(value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "distance":  # nn.Module would take a module for a submodule before it looks for the property
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def descending(self) -> bool:

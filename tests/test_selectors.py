@@ -1,0 +1,615 @@
+"""Which tokens are kept: brute force over whole clips for Eq. 2, exact counts and laws for the random baselines."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from everest_tokens import RandomSelector, ReRoSelector, RunningCellSelector, TubeSelector
+from everest_tokens.selectors import TokenSelector
+
+DISTANCES = ["l2", "l1", "cosine", "cka"]
+RANDOM = [RandomSelector, TubeSelector, RunningCellSelector]
+SELECTORS = [ReRoSelector, *RANDOM]
+VIT = (8, 14, 14)  # 16 frames of 224²: 1568 tokens
+
+grids = st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(1, 4))
+integer_clips = st.tuples(grids, st.integers(1, 2), st.integers(0, 10**6))
+
+
+def integer_tokens(grid: tuple[int, int, int], size: int, seed: int, batch: int = 2) -> Tensor:
+    """Small whole numbers: every distance is exact, and ties are many."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, 2, (batch, math.prod(grid), size), generator=generator).float()
+
+
+def change_by_hand(clip: list[list[int]], grid: tuple[int, int, int]) -> list[int]:
+    """Squared l2 (whole numbers, so exact) of every token of one clip from the one before, Eq. 2 in loops."""
+    t, h, w = grid
+    change = []
+    for i in range(t):
+        for j in range(h * w):
+            later, earlier = max(i, 1) * h * w + j, (max(i, 1) - 1) * h * w + j
+            change.append(sum((p - q) ** 2 for p, q in zip(clip[later], clip[earlier], strict=True)))
+    return change
+
+
+def still_tokens(grid: tuple[int, int, int], size: int = 4) -> Tensor:
+    """(1, N, size): a random background that never changes."""
+    t, h, w = grid
+    return torch.randn(1, 1, h * w, size).expand(1, t, h * w, size).flatten(1, 2).clone()
+
+
+# How many
+
+
+@pytest.mark.parametrize(
+    ("ratio", "count", "expected"),
+    [
+        (0.1, 1000, 100),
+        (0.3, 1568, 470),
+        (0.6, 1568, 940),
+        (0.29, 100, 29),
+        (0.58, 100, 58),
+        (0.07, 100, 7),
+        (0.7, 10, 7),
+        (1 / 3, 3, 1),
+        (2 / 3, 1569, 1046),
+        (0.999, 1000, 999),
+        (0.666666, 3, 1),  # 1.999998
+        (1.0, 1568, 1568),
+        (1, 1568, 1568),
+        (0.0051, 196, 0),
+    ],
+)
+@pytest.mark.parametrize("cls", [ReRoSelector, RandomSelector])
+def test_count_is_the_floor_of_what_the_decimal_says(
+    cls: type[TokenSelector], ratio: float, count: int, expected: int
+) -> None:
+    selector = cls(ratio)
+    if expected == 0:
+        with pytest.raises(ValueError, match=r"0\.0051.*\(1, 1, 196\).*196 tokens"):
+            selector.num_kept((1, 1, count))
+    else:
+        assert selector.num_kept((1, 1, count)) == expected
+
+
+@given(text=st.from_regex(r"0\.[0-9]{0,5}[1-9]", fullmatch=True), count=st.integers(1, 40_000))
+def test_count_of_any_decimal(text: str, count: int) -> None:
+    expected = math.floor(Fraction(text) * count)
+    if expected:
+        assert RandomSelector(float(text)).num_kept((1, 1, count)) == expected
+    else:
+        with pytest.raises(ValueError, match="no token"):
+            RandomSelector(float(text)).num_kept((1, 1, count))
+
+
+@given(parts=st.integers(1, 400), times=st.integers(1, 50), data=st.data())
+def test_count_of_whole_shares(parts: int, times: int, data: st.DataObject) -> None:
+    share = data.draw(st.integers(1, parts))
+    assert RandomSelector(share / parts).num_kept((1, 1, parts * times)) == share * times
+
+
+@pytest.mark.parametrize("cls", SELECTORS)
+@pytest.mark.parametrize("grid", [VIT, (4, 6, 10), (2, 2, 8)])
+def test_indices_are_int64_ascending_and_without_repeats(
+    cls: type[TokenSelector], grid: tuple[int, int, int], check_indices: Callable[..., None]
+) -> None:
+    total = math.prod(grid)
+    tokens = torch.randn(3, total, 5)
+    for ratio in (0.25, 0.5, 0.75):
+        count = ratio * total  # whole on these grids, for tubes too
+        check_indices(cls(ratio)(tokens, grid), 3, int(count), total)
+
+
+# The most changed
+
+
+@pytest.mark.parametrize("descending", [True, False])
+@pytest.mark.parametrize("distance", ["l2", "l1"])
+@given(clip=integer_clips, ratio=st.integers(1, 20))
+def test_ranking_against_brute_force(
+    distance: str, descending: bool, clip: tuple[tuple[int, int, int], int, int], ratio: int
+) -> None:
+    grid, size, seed = clip
+    size = 1 if distance == "l1" else size  # of one feature l1 and l2 are the same number
+    tokens = integer_tokens(grid, size, seed)
+    total = math.prod(grid)
+    kept = max(1, total * ratio // 20)
+    selector = ReRoSelector((kept + 0.5) / total if kept < total else 1, distance, descending)
+    got = selector(tokens, grid)
+    for row, values in zip(got.tolist(), tokens.int().tolist(), strict=True):
+        change = change_by_hand(values, grid)
+        sign = -1 if descending else 1
+        ranked = sorted(range(total), key=lambda n: (sign * change[n], n))
+        assert row == sorted(ranked[:kept])
+
+
+@given(clip=integer_clips)
+def test_l2_importance_in_numbers(clip: tuple[tuple[int, int, int], int, int]) -> None:
+    grid, size, seed = clip
+    tokens = integer_tokens(grid, size, seed)
+    importance = ReRoSelector().importance(tokens, grid)
+    assert importance.dtype == torch.float32
+    for row, values in zip(importance, tokens.int().tolist(), strict=True):
+        np.testing.assert_allclose(row.numpy() ** 2, change_by_hand(values, grid), rtol=1e-6)
+
+
+def test_importance_by_hand() -> None:
+    # Two places over three steps: (0,0) -> (3,4) -> (3,4) and (1,1) -> (1,1) -> (1,3).
+    tokens = torch.tensor([[[0.0, 0], [1, 1], [3, 4], [1, 1], [3, 4], [1, 3]]])
+    expected = {"l2": [5.0, 0, 5, 0, 0, 2], "l1": [7.0, 0, 7, 0, 0, 2]}
+    cosine = -4 / math.sqrt(20)  # (1, 1) and (1, 3)
+    expected["cosine"] = [1.0, -1, 1, -1, -1, cosine]  # from the zero vector: most changed
+    expected["cka"] = [0.0, -1, 0, -1, -1, 0]  # (0, 0) and (1, 1) are constant: no correlation
+    for name, numbers in expected.items():
+        got = ReRoSelector(distance=name).importance(tokens, (3, 1, 2))
+        assert got[0].tolist() == pytest.approx(numbers, rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "cka"])
+@pytest.mark.parametrize("descending", [True, False])
+def test_ranking_by_angle_and_correlation(distance: str, descending: bool) -> None:
+    grid = (4, 3, 5)
+    tokens = torch.randn(2, 60, 16)
+    got = ReRoSelector(0.4, distance, descending)(tokens, grid)
+    for row, clip in zip(got.tolist(), tokens.double().numpy().reshape(2, 4, 15, 16), strict=True):
+        change = np.empty((4, 15))
+        for i in range(1, 4):
+            for j in range(15):
+                a, b = clip[i, j], clip[i - 1, j]
+                cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+                change[i, j] = -cosine if distance == "cosine" else -(np.corrcoef(a, b)[0, 1] ** 2)
+        change[0] = change[1]
+        order = np.argsort(-change.ravel() if descending else change.ravel(), kind="stable")
+        assert row == sorted(order[:24].tolist())
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@given(grid=grids, seed=st.integers(0, 10**6))
+def test_the_first_step_ties_with_the_second(distance: str, grid: tuple[int, int, int], seed: int) -> None:
+    area = grid[1] * grid[2]
+    tokens = torch.randn(2, math.prod(grid), 6, generator=torch.Generator().manual_seed(seed))
+    importance = ReRoSelector(distance=distance).importance(tokens, grid)
+    assert torch.equal(importance[:, :area], importance[:, area : 2 * area])
+
+
+def test_the_tie_of_the_first_two_steps_goes_to_the_first() -> None:
+    tokens = torch.zeros(1, 12, 2)  # grid (3, 2, 2)
+    tokens[0, 4 + 2 :: 4] = 1.0  # place 2 changes once, from step 0 to step 1
+    assert ReRoSelector(1 / 12)(tokens, (3, 2, 2)).tolist() == [[2]]
+    assert ReRoSelector(2 / 12)(tokens, (3, 2, 2)).tolist() == [[2, 6]]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("descending", [True, False])
+@pytest.mark.parametrize("grid", [VIT, (5, 3, 7)])
+def test_a_static_clip_keeps_the_first_tokens(distance: str, descending: bool, grid: tuple[int, int, int]) -> None:
+    total = math.prod(grid)
+    kept = ReRoSelector(0.3, distance, descending)(still_tokens(grid), grid)
+    assert kept.tolist() == [list(range(int(0.3 * total)))]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("grid", [VIT, (6, 3, 7)])
+def test_a_patch_that_moves_is_kept_where_it_was_and_where_it_is(distance: str, grid: tuple[int, int, int]) -> None:
+    t, h, w = grid
+    tokens = still_tokens(grid)
+    place = [(i % h) * w + (2 * i) % w for i in range(t)]  # never twice the same in a row
+    patch = 3 * torch.randn(4)
+    for i, j in enumerate(place):
+        tokens[0, i * h * w + j] = patch
+    moved = [{place[max(i, 1)], place[max(i, 1) - 1]} for i in range(t)]
+    expected = [i * h * w + j for i in range(t) for j in sorted(moved[i])]
+    assert len(expected) == 2 * t
+    assert ReRoSelector(2 / (h * w), distance)(tokens, grid).tolist() == [expected]
+
+
+@pytest.mark.parametrize(("jump", "kept_step"), [(1, 0), (2, 2), (3, 3), (4, 4)])
+def test_a_jump_of_brightness_keeps_the_step_after_it(jump: int, kept_step: int) -> None:
+    grid, area = (5, 3, 4), 12
+    tokens = still_tokens(grid)
+    tokens[:, jump * area :] += 10  # at step 1 the first step ties with it, and comes first
+    kept = ReRoSelector(1 / 5)(tokens, grid)
+    assert kept.tolist() == [list(range(kept_step * area, (kept_step + 1) * area))]
+
+
+def test_the_least_changed_avoid_what_moves() -> None:
+    grid, area = (4, 2, 3), 6
+    tokens = still_tokens(grid)
+    moving = (1, 4)
+    for i in range(4):
+        for j in moving:
+            tokens[0, i * area + j] += i
+    kept = ReRoSelector(16 / 24, descending=False)(tokens, grid)
+    assert kept.tolist() == [[n for n in range(24) if n % area not in moving]]
+
+
+def test_the_count_is_over_the_clip_not_the_frame() -> None:
+    grid, area = (4, 3, 3), 9
+    tokens = still_tokens(grid)
+    tokens[0, 2 * area :] = torch.randn(2 * area, 4) * 50
+    assert ReRoSelector(0.5)(tokens, grid).tolist() == [list(range(2 * area, 4 * area))]
+
+
+# Precision
+
+
+def test_ties_of_signed_zeros_go_to_the_lower_index() -> None:
+    def signed(a: Tensor, b: Tensor) -> Tensor:
+        zeros = torch.zeros(a.shape[:-1])
+        zeros[..., ::2] = -0.0
+        return zeros
+
+    for descending in (True, False):
+        assert ReRoSelector(0.5, signed, descending)(torch.randn(1, 12, 2), (3, 1, 4)).tolist() == [list(range(6))]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_tokens_select_as_float32_of_the_same_values(distance: str, dtype: torch.dtype) -> None:
+    tokens = torch.randn(2, 96, 16).to(dtype)
+    selector, grid = ReRoSelector(0.3, distance), (4, 4, 6)
+    assert torch.equal(selector.importance(tokens, grid), selector.importance(tokens.float(), grid))
+    assert torch.equal(selector(tokens, grid), selector(tokens.float(), grid))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_autocast_changes_nothing(distance: str, dtype: torch.dtype) -> None:
+    tokens, grid = (100 * torch.randn(2, 96, 16)).to(dtype), (4, 4, 6)
+    selector = ReRoSelector(0.3, distance)
+    plain = selector.importance(tokens, grid)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = selector.importance(tokens, grid)
+        assert torch.is_autocast_enabled("cpu")
+    assert plain.dtype == under.dtype == torch.float32
+    assert torch.equal(plain, under)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_custom_distance_sees_float32_under_autocast_too(dtype: torch.dtype) -> None:
+    mixing = torch.randn(16, 16)
+    seen = []
+
+    def mahalanobis(a: Tensor, b: Tensor) -> Tensor:
+        mixed = (a - b) @ mixing
+        seen.append((a.dtype, b.dtype, mixed.dtype, torch.is_grad_enabled()))
+        return mixed.square().sum(-1)
+
+    tokens, grid = torch.randn(2, 96, 16).to(dtype).requires_grad_(), (4, 4, 6)
+    selector = ReRoSelector(0.3, mahalanobis)
+    plain = selector.importance(tokens, grid)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = selector.importance(tokens, grid)
+    assert seen == [(torch.float32, torch.float32, torch.float32, False)] * 2
+    assert torch.equal(plain, under)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_float64_beyond_float32_is_the_most_changed_not_nan(distance: str) -> None:
+    tokens, grid = torch.zeros(1, 12, 3, dtype=torch.float64), (3, 2, 2)
+    tokens += torch.tensor([1.0, 2.0, 4.0])
+    tokens[0, 9:] = torch.tensor([1e300, -1e300, 1e200], dtype=torch.float64)  # places 1, 2, 3 of the last step
+    importance = ReRoSelector(distance=distance).importance(tokens, grid)
+    assert not importance.isnan().any()
+    assert ReRoSelector(0.25, distance)(tokens, grid).tolist() == [[9, 10, 11]]
+
+
+@pytest.mark.parametrize("distance", [*DISTANCES, lambda a, b: (a - b).square().sum(-1)])
+def test_no_grad_reaches_the_tokens(distance: Any) -> None:
+    tokens = torch.randn(1, 8, 3, requires_grad=True)
+    doubled = tokens * 2
+    selector = ReRoSelector(0.5, distance)
+    importance = selector.importance(doubled, (2, 2, 2))
+    assert not importance.requires_grad
+    assert importance.grad_fn is None
+    assert not selector(doubled, (2, 2, 2)).requires_grad
+    assert torch.is_grad_enabled()
+    assert doubled.grad_fn is not None  # what comes after still trains them
+
+
+# Custom distances
+
+
+def test_a_custom_distance_gets_the_later_token_first() -> None:
+    tokens = torch.tensor([[[0.0], [10.0], [1.0], [8.0], [5.0], [2.0]]])  # grows: 1, 4; shrinks: -2, -6
+    importance = ReRoSelector(distance=lambda a, b: (a - b).sum(-1)).importance(tokens, (3, 1, 2))
+    assert importance.tolist() == [[1.0, -2.0, 1.0, -2.0, 4.0, -6.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_what_a_custom_distance_returns_becomes_float32(dtype: torch.dtype) -> None:
+    selector = ReRoSelector(distance=lambda a, b: (a - b).abs().sum(-1).to(dtype))
+    assert selector.importance(torch.randn(1, 8, 3), (2, 2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (lambda a, b: (a - b).norm(dim=-1, keepdim=True), r"\(2, 2, 4, 1\)"),
+        (lambda a, b: a - b, r"\(2, 2, 4, 5\)"),
+        (lambda a, b: (a - b).norm(), r"\(\)"),
+        (lambda a, b: (a - b).norm(dim=-1).flatten(1), r"\(2, 8\)"),
+    ],
+)
+def test_a_custom_distance_of_the_wrong_shape_is_told_both_shapes(wrong: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=r"\(2, 2, 4\).*" + got):
+        ReRoSelector(distance=wrong)(torch.randn(2, 12, 5), (3, 2, 2))
+
+
+def test_a_module_is_a_callable_distance_too() -> None:
+    tokens, grid = torch.randn(2, 24, 6), (3, 2, 4)
+    selector = ReRoSelector(0.25, nn.PairwiseDistance(p=1, eps=0))
+    torch.testing.assert_close(
+        selector.importance(tokens, grid), ReRoSelector(distance="l1").importance(tokens, grid), rtol=1e-6, atol=0
+    )
+    assert selector.settings["distance"] == "custom"
+
+
+def test_a_module_set_later_replaces_the_distance() -> None:
+    tokens, grid = torch.randn(2, 24, 6), (3, 2, 4)
+    selector = ReRoSelector(0.25, "l2")
+    selector.distance = nn.PairwiseDistance(p=1, eps=0)
+    torch.testing.assert_close(
+        selector.importance(tokens, grid), ReRoSelector(distance="l1").importance(tokens, grid), rtol=1e-6, atol=0
+    )
+    assert selector.settings["distance"] == "custom"
+
+
+@pytest.mark.parametrize("value", ["L2", "euclid", "", None, 2])
+def test_an_unknown_distance_is_named_with_what_there_is(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"l2, l1, cosine, cka.*got {value!r}"):
+        ReRoSelector(distance=value)
+
+
+def test_distance_and_direction_are_live() -> None:
+    tokens, grid = torch.randn(1, 24, 6), (3, 2, 4)
+    selector = ReRoSelector(0.25)
+    selector.distance = "cosine"
+    selector.descending = False
+    assert torch.equal(selector(tokens, grid), ReRoSelector(0.25, "cosine", False)(tokens, grid))
+    assert (selector.settings["distance"], selector.settings["descending"]) == ("cosine", False)
+    selector.distance = lambda a, b: a[..., 0]
+    assert selector.settings["distance"] == "custom"
+    selector.distance = "l2"
+    assert torch.equal(selector(tokens, grid), ReRoSelector(0.25, "l2", False)(tokens, grid))
+
+
+# Batches and sizes
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_clips_of_a_batch_do_not_know_each_other(distance: str) -> None:
+    grid = (4, 3, 5)
+    tokens = torch.randn(6, 60, 12) * torch.tensor([1, 1e-6, 1e6, 3, 0.1, 100]).view(6, 1, 1)
+    selector = ReRoSelector(0.3, distance)
+    kept, importance = selector(tokens, grid), selector.importance(tokens, grid)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.equal(selector(tokens[order], grid), kept[order])
+    assert torch.equal(selector.importance(tokens[order], grid), importance[order])
+    for one in range(6):
+        assert torch.equal(selector(tokens[one : one + 1], grid), kept[one : one + 1])
+
+
+@pytest.mark.parametrize(
+    ("frames", "tubelet", "expected"), [(24, 2, 705), (24, 1, 1411), (64, 2, 1881), (64, 1, 3763), (16, 1, 940)]
+)
+def test_longer_clips_and_single_frame_tubelets(
+    frames: int, tubelet: int, expected: int, check_indices: Callable[..., None]
+) -> None:
+    grid = (frames // tubelet, 14, 14)
+    total = math.prod(grid)
+    tokens = torch.randn(1, total, 2)
+    tokens[0, : total - expected] = 0.5  # still until the last `expected` tokens
+    kept = ReRoSelector(0.3)(tokens, grid)
+    check_indices(kept, 1, expected, total)
+    assert kept.tolist() == [list(range(total - expected, total))]
+
+
+def test_rows_and_columns_are_not_swapped() -> None:
+    grid = (2, 2, 5)
+    tokens = torch.zeros(1, 2, 2, 5, 3)
+    tokens[0, 1, 1, 2] = 1  # row 1, column 2: token 10 + 5 + 2, and 5 + 2 of the first step
+    assert ReRoSelector(0.1)(tokens.flatten(1, 3), grid).tolist() == [[7, 17]]
+
+
+@pytest.mark.parametrize("cls", SELECTORS)
+@pytest.mark.parametrize("shape", [(2, 15, 4), (2, 17, 4), (16, 4), (2, 4, 2, 2, 4)])
+def test_tokens_that_do_not_fit_the_grid_are_told_their_shape(cls: type[TokenSelector], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"16.*\(4, 2, 2\)") as error:
+        cls(0.5)(torch.randn(shape), (4, 2, 2))
+    assert str(shape) in str(error.value)
+
+
+def test_one_time_step_has_nothing_to_compare() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 2, 2\)"):
+        ReRoSelector(0.5)(torch.randn(1, 4, 3), (1, 2, 2))
+
+
+# Settings
+
+
+@pytest.mark.parametrize("cls", SELECTORS)
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -0.25, 1.0001, 2, math.nan, math.inf, -math.inf, True, False, "0.5", None, [0.5], 0.5 + 0j]
+)
+def test_a_keep_ratio_that_is_none_is_refused_when_made_and_when_set(cls: type[TokenSelector], value: Any) -> None:
+    message = r"keep_ratio.*got "
+    with pytest.raises(ValueError, match=message) as error:
+        cls(value)
+    assert str(error.value).endswith(repr(value))
+    selector = cls(0.5)
+    with pytest.raises(ValueError, match=message):
+        selector.keep_ratio = value
+    assert selector.keep_ratio == selector.settings["keep_ratio"] == 0.5
+
+
+@pytest.mark.parametrize("cls", SELECTORS)
+def test_a_new_keep_ratio_takes_effect_at_the_next_call(cls: type[TokenSelector]) -> None:
+    tokens, grid = torch.randn(1, 64, 3), (4, 4, 4)
+    selector = cls(0.25)
+    assert selector(tokens, grid).shape == (1, 16)
+    selector.keep_ratio = 0.75
+    assert selector(tokens, grid).shape == (1, 48)
+    assert selector.num_kept(grid) == 48
+    assert json.loads(json.dumps(selector.settings))["keep_ratio"] == 0.75
+    assert "0.75" in repr(selector)
+
+
+@pytest.mark.parametrize("cls", [ReRoSelector, RandomSelector, TubeSelector])
+def test_everything_can_be_kept(cls: type[TokenSelector]) -> None:
+    assert torch.equal(cls(1)(torch.randn(2, 24, 3), (2, 3, 4)), torch.arange(24).expand(2, -1))
+
+
+def test_rero_defaults_to_the_papers_pre_training() -> None:
+    selector = ReRoSelector()
+    assert (selector.keep_ratio, selector.distance, selector.descending) == (0.3, "l2", True)
+
+
+@pytest.mark.parametrize("cls", SELECTORS)
+def test_a_selector_has_no_state_and_copies_are_independent(cls: type[TokenSelector]) -> None:
+    selector = cls(0.5)
+    assert isinstance(selector, nn.Module)
+    assert not [*selector.parameters(), *selector.buffers(), *selector.state_dict()]
+    other = copy.deepcopy(selector)
+    other.keep_ratio = 0.25
+    assert selector.keep_ratio == selector.settings["keep_ratio"] == 0.5
+    assert other.settings == {**selector.settings, "keep_ratio": 0.25}
+
+
+# Random baselines
+
+
+@pytest.mark.parametrize("cls", RANDOM)
+def test_a_generator_makes_a_draw_reproducible(
+    cls: type[TokenSelector], generator: Callable[[int], torch.Generator], global_rng_untouched: Callable[[], Any]
+) -> None:
+    tokens, grid = torch.randn(16, 64, 3), (4, 4, 4)
+    selector = cls(0.5)
+    with global_rng_untouched():
+        first = selector(tokens, grid, generator=generator(7))
+        assert torch.equal(selector(tokens, grid, generator=generator(7)), first)
+        assert not torch.equal(selector(tokens, grid, generator=generator(8)), first)
+    torch.manual_seed(3)
+    second = selector(tokens, grid)
+    assert not torch.equal(selector(tokens, grid), second)  # torch's own generator moves on
+    torch.manual_seed(3)
+    assert torch.equal(selector(tokens, grid), second)
+
+
+def test_rero_draws_nothing(global_rng_untouched: Callable[[], Any]) -> None:
+    tokens = torch.randn(2, 64, 3)
+    with global_rng_untouched():
+        ReRoSelector()(tokens, (4, 4, 4))
+
+
+def test_random_sets_are_uniform_and_independent_across_clips(check_frequencies: Callable[..., None]) -> None:
+    sets = list(combinations(range(4), 2))
+    kept = RandomSelector(0.5)(torch.zeros(7200, 4, 1), (2, 1, 2))
+    check_frequencies(kept, dict.fromkeys(sets, 1 / 6))
+    check_frequencies(kept.view(-1, 4), {a + b: 1 / 36 for a in sets for b in sets})  # neighbours in the batch
+
+
+def test_random_tokens_ignore_the_video() -> None:
+    tokens = torch.zeros(400, 16, 2)
+    tokens[:, 5] = 100
+    often = (RandomSelector(0.5)(tokens, (4, 2, 2)) == 5).sum().item()
+    assert abs(often - 200) < 4.5 * 10  # binomial: a standard deviation of 10
+
+
+@pytest.mark.parametrize(
+    ("ratio", "grid", "places"),
+    [
+        (0.1, VIT, 20),  # VideoMAE hides floor(0.9 * 196) = 176 of 196 places
+        (0.25, VIT, 49),
+        (0.9, VIT, 177),
+        (0.3, (3, 6, 10), 18),
+        (0.7, (5, 2, 5), 7),  # floor of 0.3 * 10, where 1 - 0.7 is a little more than 0.3
+        (0.9, (2, 10, 10), 90),  # floor of 0.1 * 100, where 1 - 0.9 is a little less than 0.1
+        (0.01, (4, 3, 5), 1),
+        (1.0, (4, 3, 5), 15),
+    ],
+)
+def test_a_tube_keeps_the_same_places_in_every_step(
+    ratio: float, grid: tuple[int, int, int], places: int, check_indices: Callable[..., None]
+) -> None:
+    t, h, w = grid
+    kept = TubeSelector(ratio)(torch.zeros(4, math.prod(grid), 1), grid)
+    check_indices(kept, 4, t * places, math.prod(grid))
+    steps = kept.view(4, t, places)
+    assert torch.equal(steps, steps[:, :1] + torch.arange(t).view(1, t, 1) * h * w)
+    assert TubeSelector(ratio).num_kept(grid) == t * places
+
+
+@given(percent=st.integers(1, 100), h=st.integers(1, 24), w=st.integers(1, 24), t=st.integers(1, 6))
+def test_a_tubes_count_for_any_percentage(percent: int, h: int, w: int, t: int) -> None:
+    hidden = math.floor((1 - Fraction(percent, 100)) * h * w)
+    assert TubeSelector(percent / 100).num_kept((t, h, w)) == t * (h * w - hidden)
+
+
+def test_tubes_are_uniform_and_independent_across_clips(check_frequencies: Callable[..., None]) -> None:
+    sets = list(combinations(range(4), 2))
+    kept = TubeSelector(0.5)(torch.zeros(7200, 8, 1), (2, 2, 2))[:, :2]
+    check_frequencies(kept, dict.fromkeys(sets, 1 / 6))
+    check_frequencies(kept.reshape(-1, 4), {a + b: 1 / 36 for a in sets for b in sets})
+
+
+def kept_of_cells(kept: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """(B, K) → (B, cells, t, 4) bool: whether place p (row-major) of a 2×2 cell is kept at each step."""
+    t, h, w = grid
+    flags = torch.zeros(kept.shape[0], math.prod(grid), dtype=torch.bool).scatter(1, kept, True)
+    flags = flags.view(-1, t, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return flags.reshape(kept.shape[0], -1, t, 4)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("grid", [VIT, (4, 2, 6), (12, 6, 2), (8, 2, 2)])
+def test_cells_run_by_one_a_step(ratio: float, grid: tuple[int, int, int], check_indices: Callable[..., None]) -> None:
+    t = grid[0]
+    kept = RunningCellSelector(ratio)(torch.zeros(16, math.prod(grid), 1), grid)
+    check_indices(kept, 16, int(ratio * math.prod(grid)), math.prod(grid))
+    cells = kept_of_cells(kept, grid)
+    assert (cells.sum(-1) == 4 * ratio).all()  # as many of every cell at every step
+    assert (cells.sum(2) == ratio * t).all()  # every place as often, over a multiple of four steps
+    assert torch.equal(cells[:, :, 1:], cells[:, :, :-1].roll(-1, dims=3))
+    first = cells[:, :, 0].int()
+    assert ((first - first.roll(1, dims=2)).abs().sum(-1) == 2).all()  # the kept places of a cell follow on each other
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 5, 6])
+def test_cells_over_any_number_of_steps(t: int, check_indices: Callable[..., None]) -> None:
+    grid = (t, 4, 2)
+    kept = RunningCellSelector(0.25)(torch.zeros(8, 8 * t, 1), grid)
+    check_indices(kept, 8, 2 * t, 8 * t)
+    assert (kept_of_cells(kept, grid).sum(-1) == 1).all()
+
+
+def test_cells_phases_are_uniform_and_independent_across_clips(check_frequencies: Callable[..., None]) -> None:
+    kept = RunningCellSelector(0.25)(torch.zeros(4000, 4, 1), (1, 2, 2))
+    check_frequencies(kept, {(p,): 1 / 4 for p in range(4)})
+    check_frequencies(kept.view(-1, 2), {(p, q): 1 / 16 for p in range(4) for q in range(4)})
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6, 0.24999, 1.0, 1])
+def test_cells_take_whole_places_only(ratio: float) -> None:
+    with pytest.raises(ValueError, match=rf"keep_ratio.*0\.25, 0\.5 or 0\.75.*got {ratio}"):
+        RunningCellSelector(ratio)
+
+
+@pytest.mark.parametrize("grid", [(2, 3, 4), (2, 4, 3), (2, 3, 3)])
+def test_cells_need_an_even_height_and_width(grid: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=str(grid).replace("(", r"\(").replace(")", r"\)")):
+        RunningCellSelector(0.5)(torch.zeros(1, math.prod(grid), 1), grid)
