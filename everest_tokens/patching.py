@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
 from everest_tokens.hosts import transformers_videomae as host
-from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, selector_from
+from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, frame_sampler_from, selector_from
 from everest_tokens.selectors import ReRoSelector, Selector
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def patch_videomae(
         ValueError: settings that can't work on the model's clips, or recorded ones that can't be rebuilt.
     """
     root = unwrap(model)
+    _refuse_sharded(root, "patch_videomae")
     host.check_patchable(root)
     _refuse_prepared(root)
     if isinstance(drop_path, bool) or not 0 <= drop_path < 1:
@@ -68,10 +69,11 @@ def patch_videomae(
     if visible is None and recorded and recorded["visible"]:
         visible = selector_from(recorded["visible"], "visible")
     if frame_sampler is None and recorded and recorded["frame_sampler"]:
-        frame_sampler = InfoFrameSampler(recorded["frame_sampler"]["alpha"])
+        frame_sampler = frame_sampler_from(recorded["frame_sampler"])
     policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
-    if "norm_eps" in recorded:
-        policy.settings["norm_eps"] = recorded["norm_eps"]
+    norm_eps = host.norm_eps(root) if is_patched(root) else recorded.get("norm_eps")
+    if norm_eps is not None:
+        policy.settings["norm_eps"] = norm_eps
     policy.check(host.model_grid(root))
 
     if is_patched(root):
@@ -84,9 +86,11 @@ def unpatch_videomae(model: Model) -> Model:
     """Give the model back exactly as it was before `patch_videomae`, its trained weights aside.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched. TypeError: it is FSDP-sharded.
     """
-    host.detach(_patched(model))
+    root = _patched(model)
+    _refuse_sharded(root, "unpatch_videomae")
+    host.detach(root)
     return model
 
 
@@ -104,9 +108,10 @@ def select_tokens(
         A `TokenSelection` with its importance, to be looked at or passed back as `model(..., token_selection=)`.
 
     Raises:
-        ValueError: the model is not patched, or pixels that its forward would refuse.
+        ValueError: the model is not patched, or pixels that its forward would refuse. TypeError: it is FSDP-sharded.
     """
     root = _patched(model)
+    _refuse_sharded(root, "select_tokens")
     with torch.no_grad():
         selection = host.select(root, pixel_values, generator)
     # Autocast caches the weights it casts: cast under no_grad they would get no gradient in a forward that follows.
@@ -142,12 +147,17 @@ def unwrap(model: nn.Module) -> Any:
 def _refuse_prepared(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if "forward" in module.__dict__:
-            what = "has an instance-level forward (prepared by accelerate?)"
-        elif {base.__name__ for base in type(module).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}:
-            what = "is FSDP-sharded"
-        else:
-            continue
-        raise TypeError(f"{name or type(root).__qualname__} {what}: call patch_videomae before that")
+            where = name or type(root).__qualname__
+            raise TypeError(
+                f"{where} has an instance-level forward (prepared by accelerate?): call patch_videomae before that"
+            )
+
+
+def _refuse_sharded(root: Any, function: str) -> None:
+    """A sharded model's weights are whole only within its forward, and its classes are no longer the host's."""
+    for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
+        if {base.__name__ for base in type(module).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}:
+            raise TypeError(f"{name or type(root).__qualname__} is FSDP-sharded: call {function} before sharding it")
 
 
 def _recorded(root: Any, task: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ pytree.register_pytree_node(
     _unflatten,
     flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="everest_tokens.TokenSelection",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
 )
 
 
@@ -92,6 +95,9 @@ def count_per_step(kept: Tensor, grid: Grid) -> Tensor:
 
 class LiveSettings(dict[str, Any]):
     """Settings that a patched model keeps in step, told apart from the plain dict that a saved folder gives."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {key: copy.deepcopy(value, memo) for key, value in self.items()}  # a copied config is as a saved one
 
 
 class SelectionPolicy:
@@ -119,7 +125,7 @@ class SelectionPolicy:
         visible: Selector | None,
         frame_sampler: InfoFrameSampler | None,
     ) -> None:
-        self.settings = LiveSettings(task=task)
+        self.settings: dict[str, Any] = LiveSettings(task=task)
         self.selector = selector
         self.mask_ratio = mask_ratio
         self.visible = visible
@@ -158,7 +164,8 @@ class SelectionPolicy:
         if value is not None and not isinstance(value, InfoFrameSampler):
             raise TypeError(f"frame_sampler must be an InfoFrameSampler or None, got {type(value).__name__}")
         self._frame_sampler = value
-        self.settings["frame_sampler"] = None if value is None else value.settings
+        ours = value is None or type(value) is InfoFrameSampler
+        self.settings["frame_sampler"] = (value and value.settings) if ours else {"name": "custom"}
 
     def num_candidates(self, num_steps: int) -> int:
         """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
@@ -301,6 +308,13 @@ def _ranks_alike(selector: Selector, visible: Selector) -> bool:
     if not (isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector)):
         return False
     return selector.distance == visible.distance and selector.descending == visible.descending
+
+
+def frame_sampler_from(settings: dict[str, Any]) -> InfoFrameSampler:
+    """Rebuild a frame sampler from `config.everest`. Raises ValueError for one that JSON could not record."""
+    if settings.get("name") != InfoFrameSampler.__name__:
+        raise ValueError(f"config.everest records a custom frame sampler ({settings}): pass frame_sampler=")
+    return InfoFrameSampler(settings["alpha"])
 
 
 def selector_from(settings: dict[str, Any], name: str) -> Selector:

@@ -1,6 +1,6 @@
 """A pre-training step and a fine-tuning step on one clip with random weights: the shortest complete use.
 
-    python examples/quickstart.py [VIDEO]
+python examples/quickstart.py [VIDEO]
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main() -> None:
     loss = model(clip, labels=torch.tensor([7])).loss
     loss.backward()
     selection = et.select_tokens(model, clip)
-    print(f"fine-tuning: loss {loss.item():.3f} from {selection.kept.shape[1]} of {selection.importance.shape[1]} tokens")
+    print(
+        f"fine-tuning: loss {loss.item():.3f} from {selection.kept.shape[1]} of {selection.importance.shape[1]} tokens"
+    )
     print("kept tokens at each time step:", selection.frame_counts[0].tolist())
 
 

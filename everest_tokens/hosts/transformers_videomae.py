@@ -58,13 +58,11 @@ class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
     _positions: ConstantTable  # (N, D) float32
     _warned_of_mask = False
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Any = None) -> Tensor:
-        """(B, T, C, H, W) → visible tokens with their positions, (B, V, D)."""
+    def forward(self, pixel_values: Tensor, bool_masked_pos: SelectionRequest) -> Tensor:
+        """(B, T, C, H, W) → visible tokens with their positions, (B, V, D); fills in the request."""
         size, grid = geometry(self)
         _check_pixels(pixel_values, self)
         request = bool_masked_pos
-        if not isinstance(request, SelectionRequest):
-            request = SelectionRequest(_given_selection(bool_masked_pos, self))
 
         projection = self.patch_embeddings.projection
         reuse = is_plain_conv3d(projection) and is_unhooked(self.patch_embeddings)
@@ -134,9 +132,9 @@ class VideoMAEForPreTraining(original.VideoMAEForPreTraining):
         config = self.config
         if config.num_channels != 3 and not config.norm_pix_loss:
             raise ValueError(f"norm_pix_loss=False needs RGB pixels to unnormalise, got {config.num_channels} channels")
-        given = kwargs.pop("token_selection", None)
-        given = bool_masked_pos if given is None else given
-        request = SelectionRequest(_given_selection(given, self.videomae.embeddings))
+        if bool_masked_pos is not None:
+            _ignore_mask(self.videomae.embeddings)
+        request = SelectionRequest(_checked(kwargs.pop("token_selection", None)))
         outputs = self.videomae(pixel_values, bool_masked_pos=request, **kwargs)
         selection = request.selection
         assert selection is not None  # filled in by the embeddings
@@ -197,24 +195,33 @@ def _check_pixels(pixel_values: Tensor, embeddings: VideoMAEEmbeddings) -> None:
         raise ValueError(f"expected normalised floating-point pixel_values, got {pixel_values.dtype}")
 
 
-def _given_selection(given: Any, embeddings: VideoMAEEmbeddings) -> TokenSelection | None:
-    """A TokenSelection as it is; None for nothing or for a mask that existing code still passes."""
-    if given is None or isinstance(given, TokenSelection):
-        return given
-    if isinstance(given, Tensor):
-        if not torch.compiler.is_compiling() and not embeddings._warned_of_mask:
-            embeddings._warned_of_mask = True
-            warnings.warn("bool_masked_pos is ignored: the patched model selects its own tokens", stacklevel=2)
-        return None
-    raise TypeError(f"token_selection must be a TokenSelection, got {type(given).__name__}")
+def _ignore_mask(embeddings: VideoMAEEmbeddings) -> None:
+    """Say once that a mask which existing code still passes has no effect."""
+    if not torch.compiler.is_compiling() and not embeddings._warned_of_mask:
+        embeddings._warned_of_mask = True
+        warnings.warn("bool_masked_pos is ignored: the patched model selects its own tokens", stacklevel=2)
 
 
-def _selection_for_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of VideoMAEModel: its forward drops `token_selection`, but hands on `bool_masked_pos`."""
-    if kwargs.get("token_selection") is not None:
-        kwargs = {**kwargs, "bool_masked_pos": kwargs["token_selection"]}
-        args = args[:1]
-    return args, {key: value for key, value in kwargs.items() if key != "token_selection"}
+def _checked(selection: Any) -> TokenSelection | None:
+    if selection is not None and not isinstance(selection, TokenSelection):
+        raise TypeError(f"token_selection must be a TokenSelection, got {type(selection).__name__}")
+    return selection
+
+
+def _request_selection(
+    module: original.VideoMAEModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of VideoMAEModel: puts a `SelectionRequest` in the place of `bool_masked_pos`.
+
+    Its forward drops `token_selection`, but hands `bool_masked_pos` on to the embeddings.
+    """
+    selection = _checked(kwargs.pop("token_selection", None))
+    mask = args[1] if len(args) > 1 else kwargs.get("bool_masked_pos")
+    if isinstance(mask, SelectionRequest):  # the pre-training root's
+        return args, kwargs
+    if mask is not None:
+        _ignore_mask(module.embeddings)
+    return args[:1], {**kwargs, "bool_masked_pos": SelectionRequest(selection)}
 
 
 def task_of(model: original.VideoMAEPreTrainedModel) -> str:
@@ -230,8 +237,10 @@ def check_patchable(model: nn.Module) -> None:
     if task_of(model) == "pretraining":
         swapped.append((model, original.VideoMAEForPreTraining, VideoMAEForPreTraining))
     for module, plain, patched in swapped:
-        if type(module) not in (plain, patched):
+        if type(module) is not plain and not isinstance(module, patched):  # sharding subclasses what is patched
             raise TypeError(f"{type(module).__qualname__} is not {plain.__name__} itself; patchable are {PATCHABLE}")
+    if hasattr(_backbone(model), "_everest_hook") != hasattr(model, "everest"):
+        raise TypeError("a part of this model, or a model that it is part of, is patched already: unpatch that first")
 
 
 def shape_of(model: original.VideoMAEPreTrainedModel) -> ModelShape:
@@ -250,6 +259,12 @@ def shape_of(model: original.VideoMAEPreTrainedModel) -> ModelShape:
     return ModelShape(grid, patch, encoder, decoder, outputs)
 
 
+def norm_eps(model: original.VideoMAEPreTrainedModel) -> float | None:
+    """The eps that transformers hard-codes, so that a folder's numbers need a checkpoint's other one beside it."""
+    norm = _own_norm(model)
+    return None if norm is None else norm.eps
+
+
 def model_grid(model: original.VideoMAEPreTrainedModel) -> Grid:
     return geometry(_backbone(model).embeddings)[1]
 
@@ -258,8 +273,14 @@ def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, dro
     """Make `model` select by `policy`. It must be unpatched."""
     backbone = _backbone(model)
     embeddings = backbone.embeddings
+    if not model.config.use_mean_pooling and hasattr(model, "classifier"):
+        warnings.warn(
+            "use_mean_pooling=False: the classifier reads the first kept token alone. EVEREST averages them: "
+            "load the checkpoint with use_mean_pooling=True",
+            stacklevel=3,
+        )
     norm = _own_norm(model)
-    if norm is not None:  # a folder's numbers need the eps that the checkpoint was trained with
+    if norm is not None:
         backbone._eps_before = norm.eps
         norm.eps = policy.settings.setdefault("norm_eps", norm.eps)
     embeddings.__class__ = VideoMAEEmbeddings
@@ -270,13 +291,7 @@ def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, dro
         model.__class__ = VideoMAEForPreTraining
         model._positions = ConstantTable(model.position_embeddings[0], device)
         model._pixel_statistics = ConstantTable(torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]), device)
-    elif not model.config.use_mean_pooling and hasattr(model, "classifier"):
-        warnings.warn(
-            "use_mean_pooling=False: the classifier reads the first kept token alone. EVEREST averages them: "
-            "load the checkpoint with use_mean_pooling=True",
-            stacklevel=3,
-        )
-    backbone._everest_hook = backbone.register_forward_pre_hook(_selection_for_mask, with_kwargs=True)
+    backbone._everest_hook = backbone.register_forward_pre_hook(_request_selection, with_kwargs=True)
     if drop_path:
         rates = torch.linspace(0, drop_path, len(backbone.encoder.layer)).tolist()  # as VideoMAE: rising with depth
         for rate, end in zip(rates, _branch_ends(backbone), strict=True):

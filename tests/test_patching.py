@@ -1,0 +1,978 @@
+"""patch_videomae, unpatch_videomae and select_tokens: what they change, record, restore and refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import json
+import logging
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.videomae import modeling_videomae
+
+import everest_tokens as et
+
+CLASSES = [VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel]
+HEADED = CLASSES[:2]
+
+
+def first_half(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """A selector that isn't ours: an importable function, so that models with it pickle."""
+    return torch.arange(tokens.shape[1] // 2).expand(tokens.shape[0], -1)
+
+
+def l2_squared(a: Tensor, b: Tensor) -> Tensor:
+    """A distance that isn't ours."""
+    return (a - b).square().sum(-1)
+
+
+class WithParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens, grid):
+        return first_half(tokens, grid)
+
+
+class WithBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, tokens, grid):
+        return first_half(tokens, grid)
+
+
+def everything(model: Any) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Every module's class and attributes, hook dictionaries included, as comparable values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return ("tensor", id(value))
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value if isinstance(value, (int, float, str, set, type(None))) else ("object", id(value))
+
+    found = {name: (type(module), plain(vars(module))) for name, module in model.named_modules()}
+    found["config"] = (type(model.config), plain(vars(model.config)))
+    return found
+
+
+def kept_of(model: Any, clips: Tensor) -> int:
+    return et.select_tokens(model, clips).kept.shape[1]
+
+
+class TestDefaults:
+    @pytest.mark.parametrize(
+        ("cls", "kept", "visible"),
+        [(VideoMAEForPreTraining, 38, 12), (VideoMAEForVideoClassification, 76, 76), (VideoMAEModel, 76, 76)],
+    )
+    def test_the_papers_keep_ratios(self, make_model, make_clips, cls, kept, visible):
+        model = make_model(cls, image_size=64, num_frames=16)  # 8·4·4 = 128 tokens
+        assert et.patch_videomae(model) is model
+        selection = et.select_tokens(model, make_clips(model))
+        assert selection.kept.shape == (2, kept)  # ⌊0.3·128⌋ and ⌊0.6·128⌋
+        assert selection.visible.shape == (2, visible)  # ⌊0.1·128⌋ in pre-training
+        assert selection.grid == (8, 4, 4)
+        assert model.everest.mask_ratio == 0.9
+        assert isinstance(model.everest.selector, et.ReRoSelector)
+        assert model.everest.selector.distance == "l2"
+
+    def test_the_papers_numbers_at_224(self):
+        config = VideoMAEConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=1, intermediate_size=12)
+        config.update({"decoder_hidden_size": 12, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 1})
+        model = et.patch_videomae(VideoMAEForPreTraining(config))
+        selection = et.select_tokens(model, torch.randn(1, 16, 3, 224, 224))
+        assert selection.grid == (8, 14, 14)
+        assert (selection.visible.shape, selection.target.shape) == ((1, 156), (1, 314))
+
+    @pytest.mark.parametrize("mask_ratio", [0.5, 0.75, 0.8])
+    def test_mask_ratio_is_of_all_tokens(self, make_model, make_clips, mask_ratio):
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining), et.ReRoSelector(0.75), mask_ratio=mask_ratio)
+        selection = et.select_tokens(model, make_clips(model))
+        visible = {0.5: 24, 0.75: 12, 0.8: 9}[mask_ratio]  # of 48; 9.6 is floored
+        assert selection.visible.shape == (2, visible)
+        assert selection.target.shape == (2, 36 - visible)
+        for seen, wanted in zip(selection.visible.tolist(), selection.target.tolist(), strict=True):
+            assert seen == sorted(set(seen))
+            assert wanted == sorted(set(wanted) - set(seen))
+        assert selection.frame_counts.sum(1).tolist() == [36, 36]
+
+
+class TestInvisibility:
+    @pytest.mark.parametrize("cls", CLASSES)
+    @pytest.mark.parametrize("drop_path", [0.0, 0.3])
+    def test_what_the_ecosystem_sees_stays(self, make_model, cls, drop_path):
+        plain = make_model(cls)
+        patched = et.patch_videomae(copy.deepcopy(plain), drop_path=drop_path)
+        for listed in ("named_parameters", "named_buffers"):
+            before, after = list(getattr(plain, listed)()), list(getattr(patched, listed)())
+            assert [name for name, _ in after] == [name for name, _ in before]
+            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(after, before, strict=True))
+        assert list(patched.state_dict()) == list(plain.state_dict())
+        assert isinstance(patched, cls)
+        assert type(patched).__name__ == cls.__name__
+        assert type(patched.config) is VideoMAEConfig
+        assert (
+            inspect.signature(patched.forward).parameters.keys() == inspect.signature(plain.forward).parameters.keys()
+        )
+        assert patched.main_input_name == plain.main_input_name
+        for name, module in patched.named_modules():
+            if drop_path and name.endswith("dropout"):
+                continue
+            if "dropout." not in name:
+                assert type(module).__name__ == type(plain.get_submodule(name)).__name__
+                assert isinstance(module, type(plain.get_submodule(name)))
+        for module in (getattr(patched, "videomae", patched), getattr(patched, "videomae", patched).encoder.layer[0]):
+            assert type(module).__module__ == modeling_videomae.__name__  # their class captures outputs
+
+    def test_swapped_classes_are_importable(self, make_model):
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
+        for module in (model, model.videomae.embeddings):
+            cls = type(module)
+            found = getattr(__import__(cls.__module__, fromlist=[cls.__name__]), cls.__qualname__)
+            assert found is cls
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    @pytest.mark.parametrize("return_dict", [True, False])
+    def test_outputs_have_the_same_class_and_fields(self, make_model, make_clips, cls, return_dict):
+        plain = make_model(cls)
+        plain.set_attn_implementation("eager")
+        patched = et.patch_videomae(copy.deepcopy(plain))
+        clips = make_clips(plain)
+        kwargs = {"output_hidden_states": True, "output_attentions": True, "return_dict": return_dict}
+        if cls is VideoMAEForVideoClassification:
+            kwargs["labels"] = torch.tensor([0, 1])
+        mask = torch.arange(48).expand(2, -1) % 2 == 0
+        given = {"bool_masked_pos": mask} if cls is VideoMAEForPreTraining else {}
+        before, after = plain(clips, **given, **kwargs), patched(clips, **kwargs)
+        assert type(after) is type(before)
+        if return_dict:
+            assert list(after) == list(before)
+        else:
+            assert [type(item) for item in after] == [type(item) for item in before]
+        assert len(after) == len(before)
+
+    def test_architectures_in_the_config(self, make_model, tmp_path):
+        et.patch_videomae(make_model(VideoMAEForPreTraining)).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["VideoMAEForPreTraining"]
+
+    def test_num_items_in_batch_reaches_the_loss(self, make_model, make_clips):
+        plain = make_model(VideoMAEForVideoClassification)
+        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
+        kwargs = {"labels": torch.tensor([0, 1]), "num_items_in_batch": torch.tensor(7)}
+        assert torch.equal(patched(make_clips(plain), **kwargs).loss, plain(make_clips(plain), **kwargs).loss)
+        clips = make_clips(plain)
+        given = et.select_tokens(patched, clips)
+        assert torch.equal(patched(clips, **kwargs, token_selection=given).loss, plain(clips, **kwargs).loss)
+
+
+class TestCopies:
+    @staticmethod
+    def pickled(model: Any) -> Any:
+        return pickle.loads(pickle.dumps(model))
+
+    @staticmethod
+    def saved(model: Any) -> Any:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=False)
+
+    @pytest.mark.parametrize("duplicate", ["deepcopy", "pickled", "saved"])
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_a_copy_works_and_is_independent(self, make_model, make_clips, cls, duplicate):
+        model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5), drop_path=0.1)
+        twin = copy.deepcopy(model) if duplicate == "deepcopy" else getattr(self, duplicate)(model)
+        clips = make_clips(model)
+        selection = et.select_tokens(model, clips)
+        expected = model(clips, token_selection=selection)[0]
+        assert torch.equal(twin(clips, token_selection=selection)[0], expected)
+        assert twin.config.everest == model.config.everest
+
+        twin.everest.selector.keep_ratio = 0.75
+        assert (kept_of(twin, clips), kept_of(model, clips)) == (36, 24)
+        assert twin.config.everest["selector"]["keep_ratio"] == 0.75
+        assert model.config.everest["selector"]["keep_ratio"] == 0.5
+        twin.everest.mask_ratio = 0.6
+        assert (twin.config.everest["mask_ratio"], model.config.everest["mask_ratio"]) == (0.6, 0.9)
+
+        et.unpatch_videomae(twin)
+        assert not hasattr(twin.config, "everest")
+        assert type(twin) is cls
+        mask = torch.arange(48).expand(2, -1) % 2 == 0
+        reference = make_model(cls)(clips, bool_masked_pos=mask)[0]
+        assert torch.equal(twin(clips, bool_masked_pos=mask)[0], reference)
+        assert torch.equal(model(clips, token_selection=selection)[0], expected)  # the original still selects
+        et.unpatch_videomae(model)
+        assert torch.equal(model(clips, bool_masked_pos=mask)[0], reference)
+
+    def test_a_copy_of_a_config_restores_as_a_folder_does(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification), et.ReRoSelector(0.25))
+        other = VideoMAEForVideoClassification(copy.deepcopy(model.config))
+        assert kept_of(et.patch_videomae(other), make_clips(model)) == 12
+
+
+class TestLiveSettings:
+    def test_each_takes_effect_at_the_next_forward(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
+        clips = make_clips(model)
+        assert model(clips).logits.shape[1] == 10  # 14 - 4 of 48
+        model.everest.selector.keep_ratio = 0.5
+        assert model(clips).logits.shape[1] == 20
+        model.everest.mask_ratio = 0.75
+        assert model(clips).logits.shape[1] == 12
+        model.everest.selector = et.RandomSelector(0.75)
+        assert model(clips).logits.shape[1] == 24
+        model.everest.visible = et.TubeSelector(0.5)
+        model.everest.selector = et.RandomSelector(1.0)
+        assert model(clips).logits.shape[1] == 24
+        model.everest.selector = first_half
+        model.everest.visible = None
+        assert model(clips).logits.shape[1] == 12
+        model.everest.frame_sampler = et.InfoFrameSampler(1.5)
+        assert model(make_clips(model, frames=12)).logits.shape[1] == 12
+        model.everest.frame_sampler.alpha = 2.0
+        assert model(make_clips(model, frames=16)).logits.shape[1] == 12
+        model.everest.frame_sampler = None
+        assert model(clips).logits.shape[1] == 12
+
+    def test_distance_and_descending(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification), et.ReRoSelector(0.25))
+        clips = make_clips(model)
+        importance = et.select_tokens(model, clips).importance
+        model.everest.selector.descending = False
+        least = et.select_tokens(model, clips)
+        assert torch.equal(least.importance, importance)
+        assert least.importance.gather(1, least.kept).max() < importance.median()
+        model.everest.selector.distance = "l1"
+        assert (et.select_tokens(model, clips).importance > 2 * importance).all()
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_config_is_always_the_live_state_as_json(self, make_model, cls):
+        model = et.patch_videomae(make_model(cls))
+        policy, task = model.everest, "pretraining" if cls is VideoMAEForPreTraining else "encoder"
+
+        def recorded() -> dict[str, Any]:
+            found = json.loads(json.dumps(model.config.everest))
+            assert found == model.config.everest  # no tuples or other things that JSON would change
+            assert json.loads(model.config.to_json_string())["everest"] == found
+            assert found["task"] == task
+            return found
+
+        keep = 0.3 if task == "pretraining" else 0.6
+        rero = {"name": "ReRoSelector", "keep_ratio": keep, "distance": "l2", "descending": True}
+        assert recorded()["selector"] == rero
+        assert recorded()["mask_ratio"] == 0.9
+        assert recorded()["frame_sampler"] is None
+        policy.selector.keep_ratio, policy.selector.distance, policy.selector.descending = 0.5, "cka", False
+        assert recorded()["selector"] == {**rero, "keep_ratio": 0.5, "distance": "cka", "descending": False}
+        policy.mask_ratio = 0.8
+        assert recorded()["mask_ratio"] == 0.8
+        policy.frame_sampler = et.InfoFrameSampler(1.5)
+        policy.frame_sampler.alpha = 2
+        assert recorded()["frame_sampler"]["alpha"] == 2.0
+        policy.selector = et.TubeSelector(0.5)
+        policy.selector.keep_ratio = 0.25
+        assert recorded()["selector"] == {"name": "TubeSelector", "keep_ratio": 0.25}
+        policy.selector = et.ReRoSelector(distance=l2_squared)
+        assert recorded()["selector"]["distance"] == "custom"
+        policy.selector = first_half
+        assert recorded()["selector"] == {"name": "custom"}
+        if task == "pretraining":
+            policy.visible = et.TubeSelector(0.25)
+            policy.visible.keep_ratio = 0.5
+            assert recorded()["visible"] == {"name": "TubeSelector", "keep_ratio": 0.5}
+            policy.visible = None
+            assert recorded()["visible"] is None
+
+    def test_norm_eps_set_while_patched_survives_a_second_patch(self, make_model):
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification))
+        model.fc_norm.eps = 1e-2
+        assert et.patch_videomae(model, et.ReRoSelector(0.5)).fc_norm.eps == 1e-2
+
+    @pytest.mark.parametrize("value", [0, -0.1, 1.1, True, "0.5", float("nan")])
+    def test_bad_values_leave_the_old_ones(self, make_model, make_clips, value):
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
+        for owner, name in ((model.everest.selector, "keep_ratio"), (model.everest, "mask_ratio")):
+            before = getattr(owner, name)
+            with pytest.raises(ValueError, match=name):
+                setattr(owner, name, value)
+            assert getattr(owner, name) == before
+        assert model(make_clips(model)).logits.shape[1] == 10
+
+
+class TestSaving:
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_a_folder_loads_in_plain_transformers(self, make_model, make_clips, tmp_path, cls):
+        plain = make_model(cls)
+        et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.5), drop_path=0.2).save_pretrained(tmp_path)
+        loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        mask = torch.arange(48).expand(2, -1) % 2 == 0
+        clips = make_clips(plain)
+        assert torch.equal(loaded(clips, bool_masked_pos=mask)[0], plain(clips, bool_masked_pos=mask)[0])
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_repatching_restores_the_settings(self, make_model, make_clips, tmp_path, cls, caplog):
+        visible = {"visible": et.ReRoSelector(0.25, distance="cosine", descending=False)}
+        settings = {} if cls is not VideoMAEForPreTraining else visible
+        model = et.patch_videomae(
+            make_model(cls),
+            et.ReRoSelector(0.5, distance="cosine", descending=False),
+            mask_ratio=0.8,
+            frame_sampler=et.InfoFrameSampler(2.0),
+            **settings,
+        )
+        model.everest.selector.keep_ratio = 0.75  # the live state, not the one at patching
+        model.save_pretrained(tmp_path)
+        with caplog.at_level(logging.INFO, "everest_tokens"):
+            again = et.patch_videomae(cls.from_pretrained(tmp_path))
+        assert not [record for record in caplog.records if record.name.startswith("everest_tokens")]
+        assert again.config.everest == model.config.everest
+        assert again.everest.selector.keep_ratio == 0.75
+        assert again.everest.frame_sampler.alpha == 2.0
+        clips = make_clips(model, frames=16)
+        expected, actual = et.select_tokens(model, clips), et.select_tokens(again, clips)
+        assert torch.equal(actual.kept, expected.kept)
+        assert torch.equal(actual.visible, expected.visible)
+        again.everest.selector.keep_ratio = 0.5  # the restored ones are live
+        assert again.config.everest["selector"]["keep_ratio"] == 0.5
+
+    @pytest.mark.parametrize(
+        ("saved", "loaded", "keep"),
+        [
+            (VideoMAEForPreTraining, VideoMAEForVideoClassification, 0.6),
+            (VideoMAEForPreTraining, VideoMAEModel, 0.6),
+            (VideoMAEForVideoClassification, VideoMAEForPreTraining, 0.3),
+        ],
+    )
+    def test_another_task_gets_the_defaults_and_one_log_line(self, make_model, tmp_path, caplog, saved, loaded, keep):
+        et.patch_videomae(make_model(saved), et.TubeSelector(0.75), mask_ratio=0.8).save_pretrained(tmp_path)
+        model = loaded.from_pretrained(tmp_path)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "everest_tokens"):
+            et.patch_videomae(model)
+        assert isinstance(model.everest.selector, et.ReRoSelector)
+        assert model.everest.selector.keep_ratio == keep
+        assert model.everest.mask_ratio == 0.9
+        lines = [record for record in caplog.records if record.name.startswith("everest_tokens")]
+        assert len(lines) == 1
+        assert "default" in lines[0].getMessage()
+        assert model.config.everest["task"] == ("pretraining" if loaded is VideoMAEForPreTraining else "encoder")
+
+    def test_the_backbone_of_a_classifier_is_the_same_task(self, make_model, tmp_path, caplog):
+        et.patch_videomae(make_model(VideoMAEForVideoClassification), et.TubeSelector(0.75)).save_pretrained(tmp_path)
+        model = VideoMAEModel.from_pretrained(tmp_path)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "everest_tokens"):
+            et.patch_videomae(model)
+        assert model.everest.selector.keep_ratio == 0.75
+        assert not caplog.records
+
+    def test_explicit_arguments_win(self, make_model, tmp_path):
+        et.patch_videomae(
+            make_model(VideoMAEForPreTraining),
+            et.ReRoSelector(0.75),
+            mask_ratio=0.7,
+            frame_sampler=et.InfoFrameSampler(2.0),
+        ).save_pretrained(tmp_path)
+
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return et.patch_videomae(VideoMAEForPreTraining.from_pretrained(tmp_path), *args, **kwargs).everest
+
+        policy = patched(et.RandomSelector(0.5))
+        assert (type(policy.selector), policy.selector.keep_ratio) == (et.RandomSelector, 0.5)
+        assert (policy.mask_ratio, policy.frame_sampler.alpha) == (0.7, 2.0)
+        assert patched(mask_ratio=0.8).mask_ratio == 0.8
+        assert patched(mask_ratio=0.9).mask_ratio == 0.9  # also where it is the default's value
+        assert patched(frame_sampler=et.InfoFrameSampler(1.5)).frame_sampler.alpha == 1.5
+        assert patched(mask_ratio=0.8).selector.keep_ratio == 0.75
+
+    @pytest.mark.parametrize("kind", ["selector", "distance", "visible"])
+    def test_a_custom_selector_must_be_passed_again(self, make_model, make_clips, tmp_path, kind):
+        arguments = {
+            "selector": {"selector": first_half},
+            "distance": {"selector": et.ReRoSelector(0.5, distance=l2_squared)},
+            "visible": {"selector": et.RandomSelector(1.0), "visible": lambda tokens, grid: first_half(tokens, grid)},
+        }[kind]
+        et.patch_videomae(make_model(VideoMAEForPreTraining), **arguments).save_pretrained(tmp_path)
+        model = VideoMAEForPreTraining.from_pretrained(tmp_path)
+        before = everything(model)
+        with pytest.raises(ValueError, match="visible" if kind == "visible" else "selector"):
+            et.patch_videomae(model)
+        assert everything(model) == before
+        et.patch_videomae(model, **arguments)
+        assert kept_of(model, make_clips(model)) == (48 if kind == "visible" else 24)
+
+    @pytest.mark.parametrize("cls", HEADED)
+    def test_norm_eps_survives(self, make_model, make_clips, tmp_path, cls):
+        def norm(model: Any) -> nn.LayerNorm:
+            return model.fc_norm if cls is VideoMAEForVideoClassification else model.decoder.norm
+
+        plain = make_model(cls)
+        norm(plain).eps = 1e-2
+        model = et.patch_videomae(plain)
+        assert norm(model).eps == 1e-2
+        assert model.config.everest["norm_eps"] == 1e-2
+        model.save_pretrained(tmp_path / "first")
+        again = cls.from_pretrained(tmp_path / "first")
+        assert norm(again).eps == 1e-5  # what transformers hard-codes
+        et.patch_videomae(again, et.ReRoSelector(0.6))  # other explicit settings leave it alone
+        assert norm(again).eps == 1e-2
+        again.save_pretrained(tmp_path / "second")
+        last = et.patch_videomae(cls.from_pretrained(tmp_path / "second"))
+        et.patch_videomae(model, et.ReRoSelector(0.6))  # twice on a patched one
+        clips = make_clips(model)
+        selection = et.select_tokens(model, clips)
+        expected = model(clips, token_selection=selection).logits
+        for each in (again, last):
+            assert torch.equal(each(clips, token_selection=selection).logits, expected)
+        assert norm(et.unpatch_videomae(again)).eps == 1e-5
+        assert norm(et.unpatch_videomae(model)).eps == 1e-2
+
+
+class TestUnpatching:
+    @pytest.mark.parametrize("cls", CLASSES)
+    @pytest.mark.parametrize("times", [1, 2])
+    @pytest.mark.parametrize("used", [True, False])
+    @pytest.mark.filterwarnings("ignore:bool_masked_pos")
+    def test_leaves_nothing(self, make_model, make_clips, cls, times, used):
+        model = make_model(cls)
+        clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
+        kwargs = {"bool_masked_pos": mask, "output_hidden_states": True}
+        expected, before = model(clips, **kwargs), everything(model)
+        signature = inspect.signature(model.forward)
+        for _ in range(times):
+            et.patch_videomae(model, et.ReRoSelector(0.5), drop_path=0.4)
+        assert everything(model) != before
+        if used:
+            selection = et.select_tokens(model, clips)
+            model(clips, bool_masked_pos=mask)
+            model(clips, token_selection=selection)
+            model.train()
+            model(clips)
+            model.eval()
+        assert et.unpatch_videomae(model) is model
+        assert everything(model) == before
+        assert not hasattr(model.config, "everest")
+        assert not hasattr(model, "everest")
+        assert inspect.signature(model.forward) == signature
+        actual = model(clips, **kwargs)
+        assert torch.equal(actual[0], expected[0])
+        assert all(map(torch.equal, actual.hidden_states, expected.hidden_states))
+
+    def test_training_mode_is_kept(self, make_model):
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification).train(), drop_path=0.3)
+        assert all(module.training for module in model.modules())
+        et.unpatch_videomae(model.eval())
+        assert not any(module.training for module in model.modules())
+
+    def test_trained_weights_stay(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(make_clips(model), labels=torch.tensor([0, 1])).loss.backward()
+        optimiser.step()
+        trained = {name: value.clone() for name, value in model.state_dict().items()}
+        et.unpatch_videomae(model)
+        assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+        assert not torch.equal(trained["classifier.weight"], before["classifier.weight"])
+
+    def test_other_hooks_stay(self, make_model, make_clips):
+        model, seen = make_model(VideoMAEForVideoClassification), []
+        handle = model.videomae.register_forward_pre_hook(lambda module, args: seen.append("pre"))
+        et.patch_videomae(model)
+        model.videomae.register_forward_hook(lambda module, args, output: seen.append("post"))
+        et.unpatch_videomae(model)
+        model(make_clips(model))
+        assert seen == ["pre", "post"]
+        handle.remove()
+
+    @pytest.mark.parametrize("call", [et.unpatch_videomae, lambda model: et.select_tokens(model, torch.zeros(1))])
+    def test_an_unpatched_model(self, make_model, call):
+        with pytest.raises(ValueError, match="not patched"):
+            call(make_model(VideoMAEModel))
+
+    def test_twice(self, make_model):
+        model = et.unpatch_videomae(et.patch_videomae(make_model(VideoMAEModel)))
+        with pytest.raises(ValueError, match="not patched"):
+            et.unpatch_videomae(model)
+
+
+class TestPatchingTwice:
+    def test_replaces_the_first(self, make_model, make_clips):
+        model = make_model(VideoMAEForVideoClassification)
+        reference = make_model(VideoMAEForVideoClassification)
+        et.patch_videomae(model, et.RandomSelector(0.25), drop_path=0.5)
+        first = model.everest
+        et.patch_videomae(model, et.ReRoSelector(0.5))
+        assert kept_of(model, make_clips(model)) == 24
+        assert model.everest is not first
+        first.selector.keep_ratio = 0.75  # the old handle is dead
+        assert kept_of(model, make_clips(model)) == 24
+        assert model.config.everest["selector"]["keep_ratio"] == 0.5
+        assert len(model.videomae._forward_pre_hooks) == 1
+        et.patch_videomae(reference, et.ReRoSelector(0.5))
+        torch.manual_seed(0)
+        actual = model.train()(make_clips(model)).logits
+        assert torch.equal(actual, reference.train()(make_clips(model)).logits)  # no drop path left
+
+    @pytest.mark.parametrize("order", [("videomae", ""), ("", "videomae")], ids=["backbone first", "whole first"])
+    def test_a_model_and_its_own_backbone(self, make_model, make_clips, order):
+        model = make_model(VideoMAEForVideoClassification)
+        clips = make_clips(model)
+        expected, before = model(clips).logits, everything(model)
+        parts = [model.get_submodule(name) for name in order]
+        try:
+            for part, keep_ratio in zip(parts, (0.25, 0.5), strict=True):
+                et.patch_videomae(part, et.ReRoSelector(keep_ratio))
+        except TypeError:  # refusing the second is as good as replacing the first
+            et.unpatch_videomae(parts[0])
+        else:
+            assert kept_of(parts[1], clips) == 24
+            et.unpatch_videomae(parts[1])
+        assert everything(model) == before
+        assert torch.equal(model(clips).logits, expected)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error"),
+        [
+            ({"selector": 3}, TypeError),
+            ({"selector": WithParameter()}, TypeError),
+            ({"drop_path": 1.0}, ValueError),
+            ({"mask_ratio": 0.99}, ValueError),
+            ({"frame_sampler": 1.5}, TypeError),
+            ({"frame_sampler": et.InfoFrameSampler(1.1)}, ValueError),
+        ],
+    )
+    @pytest.mark.parametrize("patched", [True, False])
+    def test_a_failure_changes_nothing(self, make_model, arguments, error, patched):
+        model = make_model(VideoMAEForPreTraining)
+        if patched:
+            et.patch_videomae(model, et.ReRoSelector(0.5), drop_path=0.2)
+        before, recorded = everything(model), copy.deepcopy(getattr(model.config, "everest", None))
+        with pytest.raises(error):
+            et.patch_videomae(model, **arguments)
+        assert everything(model) == before
+        assert getattr(model.config, "everest", None) == recorded
+
+    def test_a_warning_made_an_error_changes_nothing(self, make_model):
+        model = make_model(VideoMAEForVideoClassification, use_mean_pooling=False)
+        before = everything(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="use_mean_pooling"):
+                et.patch_videomae(model)
+        with contextlib.suppress(ValueError):  # either nothing happened, or it is patched and can be undone
+            et.unpatch_videomae(model)
+        assert everything(model) == before
+
+
+class TestWarnings:
+    @pytest.mark.parametrize(
+        ("cls", "how"),
+        [(cls, "keyword") for cls in CLASSES]
+        + [(VideoMAEForPreTraining, "positional"), (VideoMAEModel, "positional")],  # a classifier's second is labels
+    )
+    def test_bool_masked_pos_is_ignored_with_one_warning(self, make_model, make_clips, cls, how):
+        model = et.patch_videomae(make_model(cls))
+        clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
+        torch.manual_seed(0)
+        expected = model(clips)[0]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                torch.manual_seed(0)
+                out = model(clips, mask) if how == "positional" else model(clips, bool_masked_pos=mask)
+                assert torch.equal(out[0], expected)
+        assert [warning.category for warning in caught] == [UserWarning]
+        assert "bool_masked_pos" in str(caught[0].message)
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_a_given_selection_wins_over_bool_masked_pos(self, make_model, make_clips, cls):
+        model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5))
+        clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
+        selection = et.select_tokens(model, clips)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model(clips, bool_masked_pos=mask, token_selection=selection)
+        assert torch.equal(out[0], model(clips, token_selection=selection)[0])
+
+    def test_no_mean_pooling_warns_once_at_patching(self, make_model, make_clips):
+        model = make_model(VideoMAEForVideoClassification, use_mean_pooling=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            et.patch_videomae(model)
+            for _ in range(2):
+                model(make_clips(model))
+        assert len(caught) == 1
+        assert "use_mean_pooling=True" in str(caught[0].message)
+        assert caught[0].filename == __file__  # points at the caller
+
+    @pytest.mark.parametrize(("cls", "pooling"), [(cls, True) for cls in CLASSES] + [(VideoMAEForPreTraining, False)])
+    def test_silence_otherwise(self, make_model, make_clips, cls, pooling):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = et.patch_videomae(make_model(cls, use_mean_pooling=pooling))
+            model(make_clips(model))
+            et.select_tokens(model, make_clips(model))
+
+
+class SubclassedClassifier(VideoMAEForVideoClassification):
+    pass
+
+
+class SubclassedPreTraining(VideoMAEForPreTraining):
+    def forward(self, *args, **kwargs):
+        return None
+
+
+class SubclassedEmbeddings(modeling_videomae.VideoMAEEmbeddings):
+    pass
+
+
+def vit(make_model: Any) -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    return ViTForImageClassification(ViTConfig(image_size=32, **sizes))
+
+
+def own_embeddings(make_model: Any) -> nn.Module:
+    model = make_model(VideoMAEModel)
+    model.embeddings.__class__ = SubclassedEmbeddings
+    return model
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda make: nn.Linear(2, 2),
+            lambda make: make(VideoMAEModel).encoder,
+            vit,
+            lambda make: make(SubclassedPreTraining),
+            own_embeddings,
+            lambda make: None,
+            lambda make: "MCG-NJU/videomae-base",
+        ],
+        ids=["linear", "encoder", "vit", "own-forward", "own-embeddings", "none", "name"],
+    )
+    @pytest.mark.parametrize("call", [et.patch_videomae, et.count_flops])
+    def test_what_cannot_be_patched_names_what_can(self, make_model, build, call):
+        with pytest.raises(TypeError, match="VideoMAEForVideoClassification"):
+            call(build(make_model))
+
+    def test_a_subclass_that_a_patch_does_not_replace_is_fine(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(SubclassedClassifier))
+        assert type(model) is SubclassedClassifier
+        assert kept_of(model, make_clips(model)) == 28
+
+    @pytest.mark.parametrize("where", ["", "videomae", "videomae.encoder.layer.0", "videomae.embeddings"])
+    def test_an_instance_level_forward(self, make_model, where):
+        model = make_model(VideoMAEForVideoClassification)
+        module = model.get_submodule(where)
+        module.forward = module.forward
+        with pytest.raises(TypeError, match=r"patch_videomae before|patch first"):
+            et.patch_videomae(model)
+        assert not hasattr(model, "everest")
+        assert not hasattr(model.config, "everest")
+
+    @pytest.mark.parametrize("selector", [WithParameter(), WithBuffer(), nn.Linear(2, 2), 0.3, "l2"])
+    @pytest.mark.parametrize("name", ["selector", "visible"])
+    def test_selectors(self, make_model, selector, name):
+        with pytest.raises(TypeError):
+            et.patch_videomae(make_model(VideoMAEForPreTraining), **{name: selector})
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
+        recorded = copy.deepcopy(model.config.everest)
+        with pytest.raises(TypeError):
+            setattr(model.everest, name, selector)
+        assert model.config.everest == recorded
+
+    @pytest.mark.parametrize(
+        "selector",
+        [lambda tokens, grid: [1, 2], lambda tokens, grid: tokens[:, :, 0] > 0, lambda tokens, grid: torch.arange(4)],
+        ids=["list", "mask", "no-batch"],
+    )
+    def test_what_a_custom_selector_returns(self, make_model, make_clips, selector):
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification), selector)
+        with pytest.raises(ValueError, match="int64"):
+            model(make_clips(model))
+
+    def test_a_custom_selectors_answer_is_sorted(self, make_model, make_clips):
+        def backwards(tokens, grid):
+            return first_half(tokens, grid).flip(1)
+
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification), backwards)
+        assert et.select_tokens(model, make_clips(model)).kept.tolist() == [list(range(24))] * 2
+
+    @pytest.mark.parametrize(
+        ("selector", "arguments"),
+        [
+            (None, {"mask_ratio": 0.99}),  # no visible token
+            (None, {"mask_ratio": 0.7}),  # 14 kept, 14 visible: no target
+            (None, {"mask_ratio": 0.5}),
+            (et.ReRoSelector(0.01), {}),
+            (et.RandomSelector(0.5), {"visible": et.RandomSelector(0.5)}),
+            (et.RandomSelector(0.75), {"visible": et.TubeSelector(0.1)}),  # how many they share is random
+            (et.RandomSelector(1.0), {"visible": et.TubeSelector(1.0)}),
+            (et.RunningCellSelector(0.5), {}),  # 3×4 places: an odd height
+        ],
+    )
+    def test_settings_that_cannot_work_on_this_model(self, make_model, selector, arguments):
+        with pytest.raises(ValueError, match=r"\d|grid"):
+            et.patch_videomae(make_model(VideoMAEForPreTraining), selector, **arguments)
+
+    def test_live_settings_that_cannot_work(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
+        model.everest.mask_ratio = 0.5  # its selector may be replaced next, so that it only shows when run
+        with pytest.raises(ValueError, match="visible"):
+            model(make_clips(model))
+
+    @pytest.mark.parametrize("mask_ratio", [0, 1, -0.5, 1.5, True, "0.9", None])
+    def test_mask_ratio(self, make_model, mask_ratio):
+        with pytest.raises(ValueError, match="mask_ratio"):
+            et.patch_videomae(make_model(VideoMAEForPreTraining), mask_ratio=mask_ratio)
+
+    def test_visible_without_a_decoder(self, make_model):
+        with pytest.raises(ValueError, match="visible"):
+            et.patch_videomae(make_model(VideoMAEModel), visible=et.TubeSelector(0.1))
+
+    def test_one_time_step(self, make_model):
+        with pytest.raises(ValueError, match=r"two|2"):
+            et.patch_videomae(make_model(VideoMAEModel, num_frames=2))
+
+    def test_two_models_that_share_a_config(self, make_model, make_clips, caplog):
+        config = make_model(VideoMAEForVideoClassification).config
+        first = et.patch_videomae(VideoMAEForVideoClassification(config), et.ReRoSelector(0.25))
+        second = VideoMAEForVideoClassification(config)
+        with caplog.at_level(logging.INFO, "everest_tokens"):
+            et.patch_videomae(second)
+        assert second.everest.selector.keep_ratio == 0.6  # another model's settings are not a checkpoint's
+        assert len(caplog.records) == 1
+        second.everest.selector.keep_ratio = 0.5
+        assert kept_of(first, make_clips(first)) == 12
+
+
+def shape_like(model: Any, **changes: int) -> tuple[int, ...]:
+    sizes = {"batch": 2, "frames": 8, "channels": 3, "height": 48, "width": 64}
+    return tuple((sizes | changes).values())
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("cls", CLASSES)
+    @pytest.mark.parametrize(
+        ("shape", "numbers"),
+        [
+            ((8, 3, 48, 64), "8, 3, 48, 64"),
+            ((48,), "48"),
+            ((1, 2, 8, 3, 48, 64), "1, 2, 8, 3, 48, 64"),
+            ((2, 16, 3, 48, 64), "2, 16, 3, 48, 64"),
+            ((2, 7, 3, 48, 64), "2, 7, 3, 48, 64"),
+            ((2, 0, 3, 48, 64), "2, 0, 3, 48, 64"),
+            ((2, 8, 1, 48, 64), "2, 8, 1, 48, 64"),
+            ((2, 3, 8, 48, 64), "2, 3, 8, 48, 64"),  # channels first
+            ((2, 8, 3, 64, 48), "2, 8, 3, 64, 48"),
+            ((2, 8, 3, 48, 63), "2, 8, 3, 48, 63"),
+        ],
+    )
+    def test_shapes(self, make_model, cls, shape, numbers):
+        model = et.patch_videomae(make_model(cls))
+        for call in (model, lambda clips: et.select_tokens(model, clips)):
+            with pytest.raises(ValueError, match=rf"8, 3, 48, 64.*\({numbers}") as error:
+                call(torch.zeros(shape))
+            assert "got" in str(error.value)
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+    def test_integer_pixels(self, make_model, make_clips, cls, dtype):
+        model = et.patch_videomae(make_model(cls))
+        for call in (model, lambda clips: et.select_tokens(model, clips)):
+            with pytest.raises(ValueError, match=r"float.*(uint8|int64|bool)"):
+                call(make_clips(model).to(dtype))
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_frames_with_and_without_a_sampler(self, make_model, make_clips, training):
+        model = make_model(VideoMAEForVideoClassification).train(training)
+        et.patch_videomae(model, frame_sampler=et.InfoFrameSampler(1.5))
+        assert model(make_clips(model, frames=12)).logits.shape == (2, 5)
+        for wrong in (8, 11, 13, 16):
+            with pytest.raises(ValueError, match=rf"\b12\b.*\b{wrong}\b"):
+                model(make_clips(model, frames=wrong))
+        model.everest.frame_sampler = None
+        assert model(make_clips(model)).logits.shape == (2, 5)
+        with pytest.raises(ValueError, match=r"\b8\b.*\b12\b"):
+            model(make_clips(model, frames=12))
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    @pytest.mark.parametrize(
+        "given",
+        ["kept", [1, 2], {"visible": 1}, ("a", "b"), 0.3],
+        ids=["tensor", "list", "dict", "tuple", "float"],
+    )
+    def test_a_token_selection_of_another_type(self, make_model, make_clips, cls, given):
+        model = et.patch_videomae(make_model(cls))
+        clips = make_clips(model)
+        given = et.select_tokens(model, clips).kept if given == "kept" else given
+        with pytest.raises(TypeError, match="TokenSelection"):
+            model(clips, token_selection=given)
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_a_token_selection_of_another_clip(self, make_model, make_clips, cls):
+        model, clips = et.patch_videomae(make_model(cls)), make_clips(make_model(cls))
+        other = et.patch_videomae(make_model(cls, image_size=64))
+        with pytest.raises(ValueError, match=r"\(4, 4, 4\).*\(4, 3, 4\)"):
+            model(clips, token_selection=et.select_tokens(other, make_clips(other)))
+        with pytest.raises(ValueError, match=r"3 clips.*2"):
+            model(clips, token_selection=et.select_tokens(model, make_clips(model, batch=3)))
+
+    @pytest.mark.parametrize("cls", CLASSES)
+    def test_steps_belong_to_a_frame_sampler(self, make_model, make_clips, cls):
+        model, clips = et.patch_videomae(make_model(cls)), make_clips(make_model(cls))
+        plain = et.select_tokens(model, clips)
+        model.everest.frame_sampler = et.InfoFrameSampler(1.5)
+        longer = make_clips(model, frames=12)
+        sampled = et.select_tokens(model, longer)
+        model(longer, token_selection=sampled)
+        with pytest.raises(ValueError, match="steps"):
+            model(longer, token_selection=plain)
+        model.everest.frame_sampler = None
+        with pytest.raises(ValueError, match="steps"):
+            model(clips, token_selection=sampled)
+
+    def test_pretraining_needs_targets(self, make_model, make_clips):
+        encoder, model = (
+            et.patch_videomae(make_model(VideoMAEModel)),
+            et.patch_videomae(make_model(VideoMAEForPreTraining)),
+        )
+        clips = make_clips(model)
+        with pytest.raises(ValueError, match="target"):
+            model(clips, token_selection=et.select_tokens(encoder, clips))
+
+
+class TestSelectTokens:
+    @pytest.mark.parametrize(
+        ("cls", "arguments", "frames"),
+        [
+            (VideoMAEForPreTraining, {}, None),
+            (VideoMAEForPreTraining, {"selector": et.RandomSelector(1.0), "visible": et.TubeSelector(0.25)}, None),
+            (VideoMAEForPreTraining, {"frame_sampler": et.InfoFrameSampler(1.5)}, 12),
+            (VideoMAEForVideoClassification, {"selector": et.RandomSelector(0.5)}, None),
+            (VideoMAEModel, {"selector": et.TubeSelector(0.5)}, None),
+            (VideoMAEModel, {"frame_sampler": et.InfoFrameSampler(2.0)}, 16),
+        ],
+    )
+    def test_generator(self, make_model, make_clips, cls, arguments, frames):
+        model = et.patch_videomae(make_model(cls), **arguments).train()
+        clips = make_clips(model, frames=frames)
+
+        def select(seed: int) -> list[list[int]]:
+            selection = et.select_tokens(model, clips, generator=torch.Generator().manual_seed(seed))
+            steps = [] if selection.steps is None else selection.steps.tolist()
+            return [*selection.visible.tolist(), *selection.kept.tolist(), *steps]
+
+        before = torch.get_rng_state()
+        first = [select(seed) for seed in range(6)]
+        assert first == [select(seed) for seed in range(6)]
+        assert len({str(each) for each in first}) > 1
+        assert torch.equal(torch.get_rng_state(), before)  # the global generator isn't touched
+
+    @pytest.mark.parametrize(
+        ("cls", "arguments", "frames"),
+        [
+            (VideoMAEForPreTraining, {}, None),
+            (VideoMAEForPreTraining, {"frame_sampler": et.InfoFrameSampler(1.5)}, 12),
+            (VideoMAEForVideoClassification, {"selector": et.RandomSelector(0.5)}, None),
+            (VideoMAEForVideoClassification, {"frame_sampler": et.InfoFrameSampler(1.5)}, 12),
+            (VideoMAEModel, {"selector": et.TubeSelector(0.5)}, None),
+        ],
+    )
+    def test_is_what_forward_runs_under_the_same_random_state(self, make_model, make_clips, cls, arguments, frames):
+        model = et.patch_videomae(make_model(cls), **arguments).train()
+        clips = make_clips(model, frames=frames)
+        losses = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            selection = et.select_tokens(model, clips)
+            torch.manual_seed(seed)
+            expected = model(clips)[0]
+            assert torch.equal(model(clips, token_selection=selection)[0], expected)
+            losses.append(expected.sum().item())
+        assert len(set(losses)) > 1
+
+    def test_leaves_no_graph_and_runs_no_encoder(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
+        model.videomae.encoder.register_forward_pre_hook(lambda module, args: pytest.fail("the encoder ran"))
+        selection = et.select_tokens(model, make_clips(model).requires_grad_())
+        assert not selection.importance.requires_grad
+        assert selection.importance.shape == (2, 48)
+        assert torch.is_grad_enabled()
+
+    def test_importance_only_of_our_selector(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEModel), first_half)
+        assert et.select_tokens(model, make_clips(model)).importance is None
+
+    @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+    def test_looks_through_wrappers(self, make_model, make_clips, wrap):
+        model = make_model(VideoMAEForVideoClassification)
+        wrapped = wrap(model)
+        assert et.patch_videomae(wrapped) is wrapped
+        clips = make_clips(model)
+        assert torch.equal(et.select_tokens(wrapped, clips).kept, et.select_tokens(model, clips).kept)
+        assert et.count_flops(wrapped) == et.count_flops(model)
+        et.unpatch_videomae(wrapped)
+        assert not hasattr(model, "everest")
+
+    def test_a_static_clip_has_one_answer(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification))
+        still = make_clips(model)[:, :1].repeat(1, 8, 1, 1, 1)
+        selection = et.select_tokens(model, still)
+        assert (selection.importance == 0).all()
+        assert selection.kept.tolist() == [list(range(28))] * 2  # ties to the lower index
+
+
+class TestPublicInterface:
+    def test_parameters(self):
+        assert list(inspect.signature(et.patch_videomae).parameters)[:6] == [
+            "model",
+            "selector",
+            "mask_ratio",
+            "visible",
+            "frame_sampler",
+            "drop_path",
+        ]
+        keyword_only = inspect.signature(et.patch_videomae).parameters
+        assert all(keyword_only[name].kind is inspect.Parameter.KEYWORD_ONLY for name in list(keyword_only)[2:])
+        assert keyword_only["mask_ratio"].default == 0.9
+        assert keyword_only["drop_path"].default == 0.0
+        assert list(inspect.signature(et.select_tokens).parameters) == ["model", "pixel_values", "generator"]
+
+    def test_token_selection_is_a_frozen_pytree(self, make_model, make_clips):
+        selection = et.select_tokens(
+            et.patch_videomae(make_model(VideoMAEForPreTraining)), make_clips(make_model(VideoMAEModel))
+        )
+        leaves, spec = torch.utils._pytree.tree_flatten(selection)
+        assert {id(leaf) for leaf in leaves} >= {id(selection.visible), id(selection.target)}
+        again = torch.utils._pytree.tree_unflatten(leaves, spec)
+        assert again.grid == (4, 3, 4)
+        assert again.visible is selection.visible
+        with pytest.raises(AttributeError):
+            selection.visible = None
