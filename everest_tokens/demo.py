@@ -18,7 +18,7 @@ from everest_tokens.measuring import bytes_saved_for_backward, paired_seconds
 from everest_tokens.patching import patch_videomae, select_tokens
 from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import TubeSelector
-from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD, load_clip
+from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD, dense_indices, load_clip, video_length
 from everest_tokens.visualization import draw_selections
 
 _EXTRA = 'pip install "everest-tokens[demo]"'
@@ -72,6 +72,7 @@ def run_demo(
         raise ImportError(f"the demo needs tqdm: {_EXTRA}") from error
 
     video = video or sample_video()
+    dense_indices(video_length(video), stride=stride)  # an unusable file or stride is found out before any work
     torch.manual_seed(0)
     tables, selections = [], {}
     with tqdm(total=2 * (3 + 2 * (repeats + 1)), desc="loading the model", leave=False) as bar:

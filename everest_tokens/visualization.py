@@ -83,7 +83,7 @@ def draw_selections(
     columns, lines = len(drawn), len(rows) + (heat is not None)
     aspect = pixels.shape[-2] / pixels.shape[-1]
     cell = 12.0 / (columns + 1.2)  # inches; the margin on the left holds the labels, the one on the right the scale
-    figure = Figure(figsize=(12.0, lines * cell * aspect + 0.35), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12.0, lines * cell * aspect + 0.35), dpi=100, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis, step in zip(axes[0], drawn.tolist(), strict=True):
         axis.set_title(f"frame {step * tubelet}", fontsize=10)

@@ -1,0 +1,57 @@
+"""measuring.py: bytes kept for backward counted by hand, and runs that are really paired."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from everest_tokens.measuring import bytes_saved_for_backward, median_ratio, paired_seconds
+
+
+def test_a_linear_layer_keeps_its_input():
+    layer, x = nn.Linear(8, 4), torch.randn(5, 8)
+    assert bytes_saved_for_backward(lambda: layer(x), exclude=layer.parameters()) == 5 * 8 * 4
+    assert bytes_saved_for_backward(lambda: layer(x), exclude=(*layer.parameters(), x)) == 0
+
+
+def test_a_storage_counts_once_and_whole():
+    x = torch.randn(6, 8, requires_grad=True)
+    # Two products of one tensor with itself, and one of a view of it: a single storage of 6·8 floats.
+    assert bytes_saved_for_backward(lambda: (x * x, x.T * x.T, x[:2] * x[:2])) == 6 * 8 * 4
+
+
+def test_tensors_freed_during_forward_are_not_confused():
+    x = torch.randn(64, requires_grad=True)
+
+    def chain() -> torch.Tensor:
+        y = x
+        for _ in range(5):
+            y = y.sin()  # keeps its input
+        return y
+
+    assert bytes_saved_for_backward(chain) == 5 * 64 * 4
+
+
+def test_no_grad_keeps_nothing():
+    layer, x = nn.Linear(8, 4), torch.randn(5, 8)
+    with torch.no_grad():
+        assert bytes_saved_for_backward(lambda: layer(x)) == 0
+
+
+def test_runs_take_turns():
+    order: list[str] = []
+    ticks: list[None] = []
+    steps = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = paired_seconds(steps, 3, warmup=2, progress=lambda: ticks.append(None))
+    assert order == ["a", "b"] * 5
+    assert len(ticks) == 10
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert all(time >= 0 for times in seconds.values() for time in times)
+
+
+def test_the_ratio_is_taken_pair_by_pair():
+    # The machine is ten times slower in the second pair: the ratio of the medians would be 1.5 / 2 = 0.75.
+    assert median_ratio([1.0, 10.0, 1.5], [2.0, 20.0, 2.0]) == 0.5
+    with pytest.raises(ValueError, match="zip"):
+        median_ratio([1.0], [1.0, 2.0])
