@@ -128,11 +128,23 @@ def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -
     result["selection_seconds"] = own
     result["selection_share"] = own / statistics.median(seconds["after"])
     if device.type == "cuda":
-        result["peak_bytes"] = {name: peak_bytes(step, device) for name, step in steps.items()}
+        del steps
+        result["peak_bytes"] = {}
+        for model in (plain, patched):
+            model.zero_grad(set_to_none=True)
+            model.to("cpu")
+        for name, model in (("before", plain), ("after", patched)):
+            step = training_step(model.to(device), inputs[name], dtype, not options.no_optimizer)
+            result["peak_bytes"][name] = peak_bytes(step, device)
+            del step
+            model.to("cpu")
     return result
 
 
 def peak_bytes(step: Any, device: torch.device) -> dict[str, int]:
+    """The allocator's peaks over one step, after one that makes the optimizer's state; nothing else on the device."""
+    step()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     step()
     return {
@@ -167,10 +179,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile both models")
     parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_<device type>.json")
     options = parser.parse_args()
+    kind = torch.device(options.device).type
+    out = options.out or Path(__file__).parent / "results" / f"train_step_{kind}.json"
 
-    cpu = options.device == "cpu"
+    cpu = kind == "cpu"
     results = []
     total = len(options.sizes) * len(options.phases) * 2 * (options.repeats + 2)
     with tqdm(total=total, desc="training steps", unit="step") as bar:
@@ -183,7 +197,7 @@ def main() -> None:
     document = {
         "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(),
+        "device": f"CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(options.device),
         "machine": platform.machine(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, timm, et)},
         "batch_size": options.batch_size,
@@ -193,9 +207,9 @@ def main() -> None:
         "optimizer": None if options.no_optimizer else "AdamW(fused)",
         "results": results,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nwritten to {options.out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwritten to {out}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ def run_demo(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not out.parent.is_dir():
         raise ValueError(f"no folder {out.parent} to write {out.name} to")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"a picture ends in .png, .pdf or .svg, got {out.name}")
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -84,6 +86,7 @@ def run_demo(
             bar.update()
             bar.set_description(f"training steps of {phase}")
             patched = patch_videomae(copy.deepcopy(plain))
+            patched.everest.frame_sampler = None  # that a folder may record; before and after take the same frames
             selection = select_tokens(patched, clip)
             rows = _compare(plain.train(), patched.train(), clip.repeat(batch_size, 1, 1, 1, 1), repeats, bar.update)
             selections[f"kept in\n{phase}"] = selection

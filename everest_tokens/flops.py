@@ -73,8 +73,9 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
         target = math.prod(grid) - visible
     if num_visible is not None:
         kept = visible + target
-        if not 1 <= num_visible <= (kept if shape.decoder is None else kept - 1):
-            raise ValueError(f"num_visible must leave a target of the {kept} kept tokens, got {num_visible}")
+        most = kept if shape.decoder is None else kept - 1  # a decoder needs a target
+        if not 1 <= num_visible <= most:
+            raise ValueError(f"num_visible must be in 1…{most} ({kept} tokens are kept), got {num_visible}")
         visible, target = num_visible, target and kept - num_visible
 
     decoder = 0

@@ -33,8 +33,9 @@ def patch_videomae(
     """Let only the informative tokens of a video reach the model's encoder and decoder (paper §4.1, Eq. 2 and 3).
 
     In place: parameters, state dict, classes' names, config class, outputs and forward parameters stay as they are.
-    Patching a patched model replaces its settings. What is not given is restored from `config.everest`, where a folder
-    saved from a patched model of the same task keeps it, else it is the paper's default.
+    Patching a patched model replaces the first patch. A setting that is not given (None, for all but `mask_ratio`) is
+    taken from `config.everest`, where a patched model or a folder saved from one of the same task keeps it, else it is
+    the paper's default; `drop_path` is not kept. `model.everest.frame_sampler = None` takes a restored sampler out.
 
     Args:
         model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; PEFT, DDP and
@@ -57,7 +58,7 @@ def patch_videomae(
     _refuse_sharded(root, "patch_videomae")
     host.check_patchable(root)
     _refuse_prepared(root)
-    if isinstance(drop_path, bool) or not 0 <= drop_path < 1:
+    if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
 
     task = host.task_of(root)
@@ -170,6 +171,9 @@ def _recorded(root: Any, task: str) -> dict[str, Any]:
     elif recorded.get("task") != task:
         whose = f"recorded for {recorded.get('task')}, not for {task}"
     else:
+        missing = {"selector", "mask_ratio", "visible", "frame_sampler"} - recorded.keys()
+        if missing:
+            raise ValueError(f"config.everest lacks {', '.join(sorted(missing))}: delete it to start from the defaults")
         return recorded
     logger.warning("config.everest was %s: the paper's defaults apply where nothing is given", whose)
     return {}

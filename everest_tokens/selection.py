@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from everest_tokens.frame_sampling import InfoFrameSampler
 from everest_tokens.selectors import (
     Grid,
+    RandomSelector,
     ReRoSelector,
     RunningCellSelector,
     Selector,
@@ -59,6 +60,7 @@ class TokenSelection:
         return count_per_step(self.kept, self.grid)
 
 
+_OURS = (ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector)  # what JSON can record
 _TENSORS = ("visible", "target", "importance", "steps")
 
 
@@ -260,7 +262,12 @@ class SelectionPolicy:
         visible = _run(self.visible, tokens, grid, generator)
         targets = self._num_targets(visible.shape[1], kept.shape[1], grid)
         seen = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device).scatter(1, visible, 1)
-        unseen_first = seen.gather(1, kept).sort(dim=1, stable=True).indices
+        seen = seen.gather(1, kept)  # (B, K): 1 where a kept token is visible
+        # On an accelerator this would wait for the device; a custom choice that is wrong shows on the CPU.
+        checkable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checkable and not isinstance(self.visible, TokenSelector) and int(seen.sum()) != visible.numel():
+            raise ValueError(f"visible={self.visible!r} must choose distinct tokens among the kept")
+        unseen_first = seen.sort(dim=1, stable=True).indices
         return visible, kept.gather(1, unseen_first[:, :targets])
 
 
@@ -280,12 +287,14 @@ def _run(selector: Selector, tokens: Tensor, grid: Grid, generator: torch.Genera
         if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.shape[:-1] != tokens.shape[:1]:
             got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__
             raise ValueError(f"a selector must return int64 indices ({tokens.shape[0]}, K), got {got}")
+        if kept.ndim != 2 or kept.shape[1] < 1:
+            raise ValueError(f"a selector must keep at least one token, got indices {tuple(kept.shape)}")
         kept = kept.sort(dim=1).values
     return kept
 
 
 def _checked_selector(selector: Selector, name: str) -> Selector:
-    if not callable(selector):
+    if not callable(selector) or isinstance(selector, type):
         raise TypeError(f"{name} must be a callable (tokens, grid) -> (B, K) indices, got {selector!r}")
     if isinstance(selector, nn.Module):
         state = [key for key, _ in (*selector.named_parameters(), *selector.named_buffers())]
@@ -298,9 +307,7 @@ def _checked_selector(selector: Selector, name: str) -> Selector:
 
 
 def _settings_of(selector: Selector) -> dict[str, Any]:
-    if isinstance(selector, TokenSelector) and type(selector).__module__ == TokenSelector.__module__:
-        return selector.settings
-    return {"name": "custom"}
+    return selector.settings if isinstance(selector, TokenSelector) and type(selector) in _OURS else {"name": "custom"}
 
 
 def _ranks_alike(selector: Selector, visible: Selector) -> bool:
@@ -319,9 +326,13 @@ def frame_sampler_from(settings: dict[str, Any]) -> InfoFrameSampler:
 
 def selector_from(settings: dict[str, Any], name: str) -> Selector:
     """Rebuild a selector from `config.everest`. Raises ValueError for one that JSON could not record."""
-    known = {cls.__name__: cls for cls in TokenSelector.__subclasses__() if cls.__module__ == TokenSelector.__module__}
+    known = {cls.__name__: cls for cls in _OURS}
+    arguments = {key: value for key, value in settings.items() if key != "name"}
     if settings.get("name") not in known or settings.get("distance") == "custom":
         raise ValueError(
             f"config.everest records a custom {name}, which can't be rebuilt from {settings}: pass {name}="
         )
-    return known[settings["name"]](**{key: value for key, value in settings.items() if key != "name"})
+    try:
+        return known[settings["name"]](**arguments)
+    except TypeError as error:  # written by another version
+        raise ValueError(f"config.everest records a {name} that this version can't build: {settings}") from error

@@ -64,7 +64,7 @@ def shuffled(batch: int, count: int, device: torch.device, generator: torch.Gene
 class TokenSelector(nn.Module):
     """What our selectors share: a keep ratio that is checked when it is set, and settings that JSON can hold.
 
-    `settings` is the one place where a selector's state lives; `config.everest` holds this very dict, so that what
+    `settings` mirrors the attributes, which are what to set; `config.everest` holds this very dict, so that what
     `save_pretrained` writes is the live state.
     """
 
@@ -117,6 +117,7 @@ class ReRoSelector(TokenSelector):
     def distance(self, value: str | Distance) -> None:
         if not callable(value) and not (isinstance(value, str) and value in DISTANCES):
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)} or a callable, got {value!r}")
+        self._modules.pop("_callable", None)  # a module set earlier, which nothing but a module could replace
         self._callable = value if callable(value) else None
         self.settings["distance"] = "custom" if callable(value) else value
 

@@ -71,7 +71,8 @@ class _KnownProjection(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         _, _, patches, weight, bias = inputs
-        ctx.save_for_backward(patches, weight)
+        ctx.save_for_backward(patches if ctx.needs_input_grad[3] else None, weight)
+        ctx.patches_dtype = patches.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -79,7 +80,7 @@ class _KnownProjection(torch.autograd.Function):
         patches, weight = ctx.saved_tensors
         grad_patches = grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_patches = (grad @ weight.flatten(1).to(grad.dtype)).to(patches.dtype)
+            grad_patches = (grad @ weight.flatten(1).to(grad.dtype)).to(ctx.patches_dtype)
         if ctx.needs_input_grad[3]:
             flat = grad.flatten(0, 1).T @ patches.flatten(0, 1).to(grad.dtype)
             grad_weight = flat.view_as(weight).to(weight.dtype)

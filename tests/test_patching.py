@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import io
 import json
@@ -321,6 +322,13 @@ class TestLiveSettings:
 
 
 class TestSaving:
+    def test_a_record_that_lacks_something_says_what(self, make_model):
+        model = make_model(VideoMAEModel)
+        model.config.everest = {"task": "encoder", "mask_ratio": 0.9, "visible": None}
+        with pytest.raises(ValueError, match="lacks frame_sampler, selector"):
+            et.patch_videomae(model)
+        assert not hasattr(model, "everest")
+
     @pytest.mark.parametrize("cls", CLASSES)
     def test_a_folder_loads_in_plain_transformers(self, make_model, make_clips, tmp_path, cls):
         plain = make_model(cls)
@@ -976,3 +984,79 @@ class TestPublicInterface:
         assert again.visible is selection.visible
         with pytest.raises(AttributeError):
             selection.visible = None
+
+
+class TestWhatIsPatched:
+    def test_two_models_of_one_config_keep_their_own_settings(self, make_model, tmp_path):
+        config = copy.deepcopy(make_model(VideoMAEForPreTraining).config)
+        first, second = VideoMAEForPreTraining(config), VideoMAEForVideoClassification(config)
+        et.patch_videomae(first, et.ReRoSelector(0.5))
+        et.patch_videomae(second)
+        first.everest.selector.keep_ratio = 0.75
+        assert (first.config.everest["task"], first.config.everest["selector"]["keep_ratio"]) == ("pretraining", 0.75)
+        assert (second.config.everest["task"], second.config.everest["selector"]["keep_ratio"]) == ("encoder", 0.6)
+        assert all(part.config is second.config for part in (second.videomae, second.videomae.encoder))
+        et.unpatch_videomae(second)
+        first.save_pretrained(tmp_path)
+        again = et.patch_videomae(VideoMAEForPreTraining.from_pretrained(tmp_path))
+        assert again.everest.selector.keep_ratio == 0.75
+
+    def test_a_patch_embedding_of_the_users_own_keeps_its_gradient(self, make_model, make_clips):
+        class Doubled(modeling_videomae.VideoMAEPatchEmbeddings):
+            def forward(self, pixel_values):
+                return 2 * super().forward(pixel_values)
+
+        model = make_model(VideoMAEForVideoClassification)
+        model.videomae.embeddings.patch_embeddings.__class__ = Doubled
+        reference, clips = copy.deepcopy(model), make_clips(model)
+        et.patch_videomae(model, et.ReRoSelector(1.0))
+        for each in (model, reference):
+            each(clips).logits.square().sum().backward()
+        name = "videomae.embeddings.patch_embeddings.projection.weight"
+        torch.testing.assert_close(model.get_parameter(name).grad, reference.get_parameter(name).grad)
+
+    def test_a_dropout_of_the_users_own_survives(self, make_model):
+        model = make_model(VideoMAEForVideoClassification)
+        own = nn.Sequential(nn.Dropout(0.1), nn.Identity())
+        model.videomae.encoder.layer[0].output.dropout = own
+        for rate in (0.0, 0.1):
+            et.unpatch_videomae(et.patch_videomae(model, drop_path=rate))
+            assert model.videomae.encoder.layer[0].output.dropout is own
+
+    def test_a_selector_class_is_not_a_selector(self, make_model):
+        with pytest.raises(TypeError, match="callable"):
+            et.patch_videomae(make_model(VideoMAEModel), et.ReRoSelector)
+
+    def test_custom_visible_tokens_lie_among_the_kept(self, make_model, make_clips):
+        def last(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+            return torch.arange(40, 48).expand(len(tokens), -1)
+
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining), first_half, visible=last)
+        with pytest.raises(ValueError, match="among the kept"):
+            model(make_clips(model))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"target": torch.zeros(1, 3, dtype=torch.int64)}, r"target must be int64 \(2, …\), got .*int64 \(1, 3\)"),
+            ({"visible": torch.zeros(2, 3, dtype=torch.int32)}, r"visible must be int64 .*int32"),
+        ],
+    )
+    def test_selections_of_the_wrong_shape_or_type(self, make_model, make_clips, change, message):
+        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
+        clips = make_clips(model)
+        selection = dataclasses.replace(et.select_tokens(model, clips), **change)
+        with pytest.raises(ValueError, match=message):
+            model(clips, token_selection=selection)
+
+    def test_a_distance_changes_from_module_to_function_and_back(self):
+        selector = et.ReRoSelector(0.5, nn.PairwiseDistance(p=1))
+        tokens = torch.randn(1, 8, 3)
+        assert torch.allclose(
+            selector.importance(tokens, (2, 2, 2)),
+            et.ReRoSelector(distance="l1").importance(tokens, (2, 2, 2)),
+            atol=1e-4,
+        )
+        for distance in (l2_squared, "cosine", nn.PairwiseDistance(), "l2"):
+            selector.distance = distance
+            assert selector.distance is distance

@@ -1,12 +1,13 @@
 """Host: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification and VideoMAEModel, patched in place.
 
-Only the embeddings and the pre-training root get another class. `VideoMAEModel` and its blocks are left alone, because
-their classes carry transformers' capturing of hidden states and attentions; the selection passes through them in the
-place of `bool_masked_pos`.
+Only the embeddings and the pre-training root get another class. `VideoMAEModel` and its blocks keep theirs, which carry
+transformers' capturing of hidden states and attentions; the selection passes through them in the place of
+`bool_masked_pos`.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from everest_tokens.hosts.constant_table import ConstantTable
 from everest_tokens.hosts.model_shape import Blocks, ModelShape
-from everest_tokens.selection import SelectionPolicy, TokenSelection, source_positions
+from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, source_positions
 from everest_tokens.selectors import Grid
 from everest_tokens.tubelets import (
     TubeletSize,
@@ -58,14 +59,15 @@ class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
     _positions: ConstantTable  # (N, D) float32
     _warned_of_mask = False
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: SelectionRequest) -> Tensor:
+    def forward(self, pixel_values: Tensor, bool_masked_pos: SelectionRequest | None = None) -> Tensor:
         """(B, T, C, H, W) → visible tokens with their positions, (B, V, D); fills in the request."""
         size, grid = geometry(self)
         _check_pixels(pixel_values, self)
-        request = bool_masked_pos
+        request = bool_masked_pos or SelectionRequest()
 
         projection = self.patch_embeddings.projection
-        reuse = is_plain_conv3d(projection) and is_unhooked(self.patch_embeddings)
+        plain = type(self.patch_embeddings) is original.VideoMAEPatchEmbeddings and is_unhooked(self.patch_embeddings)
+        reuse = plain and is_plain_conv3d(projection)
         if reuse:
             with torch.no_grad():
                 embedded = self.patch_embeddings(pixel_values)  # (B, N, D)
@@ -103,6 +105,12 @@ class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
             )
         if (selection.steps is None) != (self.everest.frame_sampler is None):
             raise ValueError("token_selection must have `steps` exactly where the model has a frame sampler")
+        clips = pixel_values.shape[0]
+        for name in ("visible", "target", "steps"):
+            index = getattr(selection, name)
+            if index is not None and (index.ndim != 2 or index.shape[0] != clips or index.dtype != torch.int64):
+                got = f"{index.dtype} {tuple(index.shape)}"
+                raise ValueError(f"token_selection.{name} must be int64 ({clips}, …), got {got}")
         if selection.target is None and self.everest.task == "pretraining":
             raise ValueError("token_selection has no targets, which pre-training needs: select with this model")
 
@@ -185,7 +193,9 @@ def _check_pixels(pixel_values: Tensor, embeddings: VideoMAEEmbeddings) -> None:
     patches, policy = embeddings.patch_embeddings, embeddings.everest
     frames = size.frames * policy.num_candidates(grid[0])
     expected = (frames, patches.num_channels, *patches.image_size)
-    if tuple(pixel_values.shape[1:]) != expected or pixel_values.ndim != 5:
+    if not isinstance(pixel_values, Tensor):
+        raise TypeError(f"expected pixel_values as a tensor (B, T, C, H, W), got {type(pixel_values).__name__}")
+    if tuple(pixel_values.shape[1:]) != expected:
         sampled = "" if policy.frame_sampler is None else f" ({policy.frame_sampler} of {embeddings.config.num_frames})"
         raise ValueError(
             f"expected pixel_values (batch, frames, channels, height, width) = (B, {', '.join(map(str, expected))})"
@@ -231,7 +241,7 @@ def task_of(model: original.VideoMAEPreTrainedModel) -> str:
 
 def check_patchable(model: nn.Module) -> None:
     """Raise TypeError for another model, and for a subclass whose own forward a patch would silently replace."""
-    if not isinstance(model, original.VideoMAEPreTrainedModel):
+    if not isinstance(getattr(model, "videomae", model), original.VideoMAEModel):
         raise TypeError(f"cannot patch {type(model).__qualname__}; patchable are {PATCHABLE}")
     swapped = [(_backbone(model).embeddings, original.VideoMAEEmbeddings, VideoMAEEmbeddings)]
     if task_of(model) == "pretraining":
@@ -297,7 +307,17 @@ def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, dro
         for rate, end in zip(rates, _branch_ends(backbone), strict=True):
             for module in end:
                 module.dropout = nn.Sequential(module.dropout, DropPath(rate)).train(module.training)
+    if isinstance(getattr(model.config, "everest", None), LiveSettings):
+        _give_own_config(model)
     model.config.everest = policy.settings
+
+
+def _give_own_config(model: original.VideoMAEPreTrainedModel) -> None:
+    """Two patched models that were built from one config object need one each: it holds their settings."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
 
 
 def detach(model: original.VideoMAEPreTrainedModel) -> None:
@@ -310,7 +330,7 @@ def detach(model: original.VideoMAEPreTrainedModel) -> None:
         norm.eps = backbone.__dict__.pop("_eps_before")
     for end in _branch_ends(backbone):
         for module in end:
-            if isinstance(module.dropout, nn.Sequential):
+            if isinstance(module.dropout, nn.Sequential) and isinstance(module.dropout[-1], DropPath):
                 module.dropout = module.dropout[0]
     if task_of(model) == "pretraining":
         model.__class__ = original.VideoMAEForPreTraining
