@@ -28,7 +28,13 @@ from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
-from everest_tokens.measuring import bytes_saved_for_backward, median_ratio, paired_seconds
+from everest_tokens.measuring import (
+    bytes_saved_for_backward,
+    median_ratio,
+    paired_seconds,
+    training_step,
+    videomae_mask,
+)
 
 # Encoder width, depth, heads; decoder width and heads (VideoMAE's models; decoder depth 4 as in the paper's GFLOPs).
 SIZES = {
@@ -57,22 +63,6 @@ def config_of(size: str, frames: int) -> VideoMAEConfig:
     )
 
 
-def training_step(model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, optimized: bool) -> Any:
-    device = inputs["pixel_values"].device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if optimized else None
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-    def step() -> None:
-        with autocast():
-            loss = model(**inputs).loss
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
 def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -> dict[str, Any]:
     """One pair: a plain model and its patched copy."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -87,10 +77,8 @@ def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -
     after: dict[str, Any] = {"pixel_values": clips}
     if phase == "fine-tuning":
         before["labels"] = after["labels"] = torch.arange(options.batch_size, device=device)
-    else:  # VideoMAE's 90 % tube masking
-        seen = et.TubeSelector(0.1)(clips.new_zeros(options.batch_size, tokens, 1), selection.grid)
-        hidden = torch.ones(options.batch_size, tokens, dtype=torch.bool, device=device)
-        before["bool_masked_pos"] = hidden.scatter(1, seen, False)
+    else:
+        before["bool_masked_pos"] = videomae_mask(options.batch_size, selection.grid, device)
     inputs = {"before": before, "after": after}
     models = {"before": plain, "after": patched}
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -114,7 +102,8 @@ def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -
     }
     if options.compile:
         models = {name: torch.compile(model) for name, model in models.items()}
-    steps = {name: training_step(models[name], inputs[name], dtype, not options.no_optimizer) for name in models}
+    stepping = partial(training_step, dtype=dtype, optimized=not options.no_optimizer)
+    steps = {name: stepping(models[name], inputs[name]) for name in models}
     seconds = paired_seconds(steps, options.repeats, warmup=2, device=device, progress=progress)
     ratios = sorted(a / b for a, b in zip(seconds["after"], seconds["before"], strict=True))
     result["seconds"] = seconds
@@ -128,13 +117,12 @@ def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -
     result["selection_seconds"] = own
     result["selection_share"] = own / statistics.median(seconds["after"])
     if device.type == "cuda":
-        del steps
+        del steps, select, embedded
         result["peak_bytes"] = {}
-        for model in (plain, patched):
-            model.zero_grad(set_to_none=True)
+        for model in models.values():
             model.to("cpu")
-        for name, model in (("before", plain), ("after", patched)):
-            step = training_step(model.to(device), inputs[name], dtype, not options.no_optimizer)
+        for name, model in models.items():  # the compiled ones where they were timed
+            step = stepping(model.to(device), inputs[name])
             result["peak_bytes"][name] = peak_bytes(step, device)
             del step
             model.to("cpu")
@@ -142,7 +130,7 @@ def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -
 
 
 def peak_bytes(step: Any, device: torch.device) -> dict[str, int]:
-    """The allocator's peaks over one step, after one that makes the optimizer's state; nothing else on the device."""
+    """The allocator's peaks over one step, after one that makes the optimizer's state."""
     step()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

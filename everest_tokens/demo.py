@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,10 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from everest_tokens.flops import count_flops
-from everest_tokens.measuring import bytes_saved_for_backward, paired_seconds
+from everest_tokens.measuring import bytes_saved_for_backward, paired_seconds, training_step, videomae_mask
 from everest_tokens.patching import patch_videomae, select_tokens
 from everest_tokens.selection import TokenSelection
-from everest_tokens.selectors import TubeSelector
-from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD, dense_indices, load_clip, video_length
+from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD, load_clip
 from everest_tokens.visualization import draw_selections
 
 _EXTRA = 'pip install "everest-tokens[demo]"'
@@ -73,22 +73,21 @@ def run_demo(
     except ImportError as error:
         raise ImportError(f"the demo needs tqdm: {_EXTRA}") from error
 
+    config = VideoMAEConfig.from_pretrained(model) if model else VideoMAEConfig(num_labels=400)
     video = video or sample_video()
-    dense_indices(video_length(video), stride=stride)  # an unusable file or stride is found out before any work
+    clip = load_clip(video, num_frames=config.num_frames, stride=stride, size=config.image_size)  # (1, T, 3, H, W)
     torch.manual_seed(0)
     tables, selections = [], {}
     with tqdm(total=2 * (3 + 2 * (repeats + 1)), desc="loading the model", leave=False) as bar:
         for phase, cls in _MODELS.items():
-            plain: Any = cls.from_pretrained(model) if model else cls(VideoMAEConfig(num_labels=400))
-            clip = load_clip(
-                video, num_frames=plain.config.num_frames, stride=stride, size=plain.config.image_size
-            )  # (1, T, 3, H, W)
+            plain: Any = cls.from_pretrained(model) if model else cls(config)
             bar.update()
             bar.set_description(f"training steps of {phase}")
             patched = patch_videomae(copy.deepcopy(plain))
             patched.everest.frame_sampler = None  # that a folder may record; before and after take the same frames
             selection = select_tokens(patched, clip)
-            rows = _compare(plain.train(), patched.train(), clip.repeat(batch_size, 1, 1, 1, 1), repeats, bar.update)
+            clips = clip.repeat(batch_size, 1, 1, 1, 1)
+            rows = _compare(plain.train(), patched.train(), clips, selection, repeats, bar.update)
             selections[f"kept in\n{phase}"] = selection
             tables.append(_table(f"{phase}, keep ratio {patched.everest.selector.keep_ratio}", rows))
 
@@ -100,50 +99,34 @@ def run_demo(
 
 
 def _compare(
-    plain: Any, patched: Any, clips: Tensor, repeats: int, progress: Callable[[], object]
+    plain: Any, patched: Any, clips: Tensor, selection: TokenSelection, repeats: int, progress: Callable[[], object]
 ) -> list[tuple[str, float, float, float]]:
     """Rows (what, before, after, ratio)."""
-    selection: TokenSelection = select_tokens(patched, clips)
-    visible, kept = selection.visible.shape[1], selection.kept.shape[1]
-    t, h, w = selection.grid
+    visible, kept, tokens = selection.visible.shape[1], selection.kept.shape[1], math.prod(selection.grid)
     rows: list[tuple[str, float, float, float]] = []
 
     def row(what: str, before: float, after: float) -> None:
         rows.append((what, before, after, after / before))
 
-    inputs: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+    inputs = {"before": {"pixel_values": clips}, "after": {"pixel_values": clips}}
     if selection.target is None:
-        row("tokens in the encoder", t * h * w, visible)
+        row("tokens in the encoder", tokens, visible)
         inputs["before"]["labels"] = inputs["after"]["labels"] = torch.zeros(len(clips), dtype=torch.int64)
     else:
-        tube = TubeSelector(0.1)(clips.new_zeros(len(clips), t * h * w, 1), selection.grid)  # VideoMAE's own masking
-        row("tokens in the encoder", tube.shape[1], visible)
-        row("tokens in the decoder", t * h * w, kept)
-        hidden = torch.ones(len(clips), t * h * w, dtype=torch.bool)
-        inputs["before"]["bool_masked_pos"] = hidden.scatter(1, tube, False)
+        mask = inputs["before"]["bool_masked_pos"] = videomae_mask(len(clips), selection.grid)
+        row("tokens in the encoder", int((~mask[0]).sum()), visible)
+        row("tokens in the decoder", tokens, kept)
     row("GFLOPs of a forward", count_flops(plain).total / 1e9, count_flops(patched).total / 1e9)
 
     saved, steps = {}, {}
     for name, model in (("before", plain), ("after", patched)):
-        forward = partial(model, clips, **inputs[name])
-        saved[name] = bytes_saved_for_backward(forward, exclude=model.parameters())
-        steps[name] = _training_step(model, clips, inputs[name])
+        saved[name] = bytes_saved_for_backward(partial(model, **inputs[name]), exclude=model.parameters())
+        steps[name] = training_step(model, inputs[name])
         progress()
     row("MiB saved for backward", saved["before"] / 2**20, saved["after"] / 2**20)
     seconds = paired_seconds(steps, repeats, progress=progress)
     row("seconds of a training step", min(seconds["before"]), min(seconds["after"]))
     return rows
-
-
-def _training_step(model: Any, clips: Tensor, inputs: dict[str, Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-    def step() -> None:
-        model(clips, **inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def _table(title: str, rows: list[tuple[str, float, float, float]]) -> str:

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from everest_tokens.selectors import Grid, TubeSelector
+
+
+def videomae_mask(batch: int, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+    """What an unpatched model trains with as `bool_masked_pos`: VideoMAE's 90 % tube mask, (B, N), True if hidden."""
+    hidden = torch.ones(batch, math.prod(grid), dtype=torch.bool, device=device)
+    return hidden.scatter(1, TubeSelector(0.1)(hidden.unsqueeze(-1), grid), False)
+
+
+def training_step(
+    model: Any, inputs: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, optimized: bool = True
+) -> Callable[[], None]:
+    """One training step of a model whose output has a `loss`: forward, backward and, if `optimized`, AdamW.
+
+    Args:
+        inputs: keyword arguments of its forward, `pixel_values` among them.
+        dtype: of autocast; float32 for none.
+    """
+    device_type = inputs["pixel_values"].device.type
+    autocast = partial(torch.autocast, device_type, dtype=dtype, enabled=dtype != torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if optimized else None
+
+    def step() -> None:
+        with autocast():
+            loss = model(**inputs).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return step
 
 
 def bytes_saved_for_backward(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:

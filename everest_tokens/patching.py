@@ -72,9 +72,9 @@ def patch_videomae(
     if frame_sampler is None and recorded and recorded["frame_sampler"]:
         frame_sampler = frame_sampler_from(recorded["frame_sampler"])
     policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
-    norm_eps = host.norm_eps(root) if is_patched(root) else recorded.get("norm_eps")
-    if norm_eps is not None:
-        policy.settings["norm_eps"] = norm_eps
+    norm_eps = host.norm_eps(root)
+    if norm_eps is not None:  # a live model's own wins over what was recorded of it
+        policy.settings["norm_eps"] = norm_eps if is_patched(root) else recorded.get("norm_eps", norm_eps)
     policy.check(host.model_grid(root))
 
     if is_patched(root):

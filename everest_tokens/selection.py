@@ -60,7 +60,7 @@ class TokenSelection:
         return count_per_step(self.kept, self.grid)
 
 
-_OURS = (ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector)  # what JSON can record
+_SELECTORS = (ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector)
 _TENSORS = ("visible", "target", "importance", "steps")
 
 
@@ -166,8 +166,7 @@ class SelectionPolicy:
         if value is not None and not isinstance(value, InfoFrameSampler):
             raise TypeError(f"frame_sampler must be an InfoFrameSampler or None, got {type(value).__name__}")
         self._frame_sampler = value
-        ours = value is None or type(value) is InfoFrameSampler
-        self.settings["frame_sampler"] = (value and value.settings) if ours else {"name": "custom"}
+        self.settings["frame_sampler"] = None if value is None else _settings_of(value)
 
     def num_candidates(self, num_steps: int) -> int:
         """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
@@ -306,8 +305,9 @@ def _checked_selector(selector: Selector, name: str) -> Selector:
     return selector
 
 
-def _settings_of(selector: Selector) -> dict[str, Any]:
-    return selector.settings if isinstance(selector, TokenSelector) and type(selector) in _OURS else {"name": "custom"}
+def _settings_of(part: Any) -> dict[str, Any]:
+    """What JSON records of a selector or a frame sampler; a subclass may do anything, so it counts as custom."""
+    return part.settings if type(part) in (*_SELECTORS, InfoFrameSampler) else {"name": "custom"}
 
 
 def _ranks_alike(selector: Selector, visible: Selector) -> bool:
@@ -326,7 +326,7 @@ def frame_sampler_from(settings: dict[str, Any]) -> InfoFrameSampler:
 
 def selector_from(settings: dict[str, Any], name: str) -> Selector:
     """Rebuild a selector from `config.everest`. Raises ValueError for one that JSON could not record."""
-    known = {cls.__name__: cls for cls in _OURS}
+    known = {cls.__name__: cls for cls in _SELECTORS}
     arguments = {key: value for key, value in settings.items() if key != "name"}
     if settings.get("name") not in known or settings.get("distance") == "custom":
         raise ValueError(

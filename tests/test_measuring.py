@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from everest_tokens.measuring import bytes_saved_for_backward, median_ratio, paired_seconds
+from everest_tokens.measuring import (
+    bytes_saved_for_backward,
+    median_ratio,
+    paired_seconds,
+    training_step,
+    videomae_mask,
+)
 
 
 def test_a_linear_layer_keeps_its_input():
@@ -55,3 +63,40 @@ def test_the_ratio_is_taken_pair_by_pair():
     assert median_ratio([1.0, 10.0, 1.5], [2.0, 20.0, 2.0]) == 0.5
     with pytest.raises(ValueError, match="zip"):
         median_ratio([1.0], [1.0, 2.0])
+
+
+def test_videomaes_mask_hides_the_same_176_of_196_places_at_every_step():
+    mask = videomae_mask(3, (8, 14, 14)).view(3, 8, 196)
+    assert (mask.sum(dim=2) == 176).all()
+    assert (mask == mask[:, :1]).all()
+    assert not torch.equal(mask[0], mask[1])
+
+
+class Scale(nn.Module):
+    """loss = (weight · x)², whose gradient is 2 · weight · x²."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        self.dtype = (pixel_values @ pixel_values).dtype
+        return SimpleNamespace(loss=(self.weight * pixel_values).square().sum())
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_a_training_step_updates_only_with_an_optimizer_and_leaves_no_gradient(optimized):
+    model, seen = Scale(), []
+    model.weight.register_hook(lambda gradient: seen.append(gradient.item()))
+    step = training_step(model, {"pixel_values": torch.tensor([3.0])}, optimized=optimized)
+    step()
+    assert seen == [36.0]
+    assert model.weight.grad is None
+    assert (model.weight.item() < 2.0) == optimized
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_runs_its_forward_in_the_autocast_dtype(dtype):
+    model = Scale()
+    training_step(model, {"pixel_values": torch.ones(2, 2)}, dtype=dtype)()
+    assert model.dtype == dtype

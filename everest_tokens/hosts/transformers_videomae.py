@@ -62,7 +62,7 @@ class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
     def forward(self, pixel_values: Tensor, bool_masked_pos: SelectionRequest | None = None) -> Tensor:
         """(B, T, C, H, W) → visible tokens with their positions, (B, V, D); fills in the request."""
         size, grid = geometry(self)
-        _check_pixels(pixel_values, self)
+        self._check_pixels(pixel_values, size, grid)
         request = bool_masked_pos or SelectionRequest()
 
         projection = self.patch_embeddings.projection
@@ -97,15 +97,30 @@ class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
         self._positions.to(self.patch_embeddings.projection.weight.device)
         return self
 
+    def _check_pixels(self, pixel_values: Tensor, size: TubeletSize, grid: Grid) -> None:
+        patches, sampler = self.patch_embeddings, self.everest.frame_sampler
+        frames = size.frames * self.everest.num_candidates(grid[0])
+        expected = (frames, patches.num_channels, *patches.image_size)
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"expected pixel_values as a tensor (B, T, C, H, W), got {type(pixel_values).__name__}")
+        if tuple(pixel_values.shape[1:]) != expected:
+            sampled = "" if sampler is None else f" ({sampler} of {self.config.num_frames})"
+            raise ValueError(
+                f"expected pixel_values (batch, frames, channels, height, width) = (B, {', '.join(map(str, expected))})"
+                f"{sampled}, got {tuple(pixel_values.shape)}"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"expected normalised floating-point pixel_values, got {pixel_values.dtype}")
+
     def _check_selection(self, selection: TokenSelection, pixel_values: Tensor, grid: Grid) -> None:
-        if tuple(selection.grid) != grid or selection.visible.shape[0] != pixel_values.shape[0]:
+        clips = pixel_values.shape[0]
+        if tuple(selection.grid) != grid or selection.visible.shape[0] != clips:
             raise ValueError(
                 f"token_selection is for {selection.visible.shape[0]} clips of grid {tuple(selection.grid)}, "
-                f"the input has {pixel_values.shape[0]} of grid {grid}"
+                f"the input has {clips} of grid {grid}"
             )
         if (selection.steps is None) != (self.everest.frame_sampler is None):
             raise ValueError("token_selection must have `steps` exactly where the model has a frame sampler")
-        clips = pixel_values.shape[0]
         for name in ("visible", "target", "steps"):
             index = getattr(selection, name)
             if index is not None and (index.ndim != 2 or index.shape[0] != clips or index.dtype != torch.int64):
@@ -186,23 +201,6 @@ def geometry(embeddings: original.VideoMAEEmbeddings) -> tuple[TubeletSize, Grid
     patches = embeddings.patch_embeddings
     size = TubeletSize(patches.tubelet_size, *patches.patch_size)
     return size, size.grid(embeddings.config.num_frames, *patches.image_size)
-
-
-def _check_pixels(pixel_values: Tensor, embeddings: VideoMAEEmbeddings) -> None:
-    size, grid = geometry(embeddings)
-    patches, policy = embeddings.patch_embeddings, embeddings.everest
-    frames = size.frames * policy.num_candidates(grid[0])
-    expected = (frames, patches.num_channels, *patches.image_size)
-    if not isinstance(pixel_values, Tensor):
-        raise TypeError(f"expected pixel_values as a tensor (B, T, C, H, W), got {type(pixel_values).__name__}")
-    if tuple(pixel_values.shape[1:]) != expected:
-        sampled = "" if policy.frame_sampler is None else f" ({policy.frame_sampler} of {embeddings.config.num_frames})"
-        raise ValueError(
-            f"expected pixel_values (batch, frames, channels, height, width) = (B, {', '.join(map(str, expected))})"
-            f"{sampled}, got {tuple(pixel_values.shape)}"
-        )
-    if not pixel_values.is_floating_point():
-        raise ValueError(f"expected normalised floating-point pixel_values, got {pixel_values.dtype}")
 
 
 def _ignore_mask(embeddings: VideoMAEEmbeddings) -> None:
@@ -292,7 +290,7 @@ def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, dro
     norm = _own_norm(model)
     if norm is not None:
         backbone._eps_before = norm.eps
-        norm.eps = policy.settings.setdefault("norm_eps", norm.eps)
+        norm.eps = policy.settings["norm_eps"]
     embeddings.__class__ = VideoMAEEmbeddings
     embeddings.everest = model.everest = policy
     device = next(model.parameters()).device
