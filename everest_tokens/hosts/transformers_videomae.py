@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,37 +21,16 @@ from transformers.models.videomae import modeling_videomae as original
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.generic import can_return_tuple
 
+from everest_tokens.hosts import checkpoint_numbers
 from everest_tokens.hosts.constant_table import ConstantTable
-from everest_tokens.hosts.model_shape import Blocks, ModelShape
+from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs
+from everest_tokens.hosts.patch_options import PatchOptions
+from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, checked_selection, visible_tokens
 from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, source_positions
 from everest_tokens.selectors import Grid
-from everest_tokens.tubelets import (
-    TubeletSize,
-    embed_chosen,
-    gather_tokens,
-    gather_tubelets,
-    is_plain_conv3d,
-    is_unhooked,
-)
+from everest_tokens.tubelets import TubeletSize, gather_tubelets, is_unhooked
 
 PATCHABLE = "transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification and VideoMAEModel"
-
-
-class SelectionRequest:
-    """Travels through VideoMAEModel in the place of `bool_masked_pos`; the embeddings fill in what was selected.
-
-    Not a pytree: wrappers that rebuild their inputs (FSDP, checkpointing) must hand on this very object.
-    """
-
-    def __init__(
-        self,
-        selection: TokenSelection | None = None,
-        generator: torch.Generator | None = None,
-        with_importance: bool = False,
-    ) -> None:
-        self.selection = selection
-        self.generator = generator
-        self.with_importance = with_importance
 
 
 class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
@@ -62,72 +43,30 @@ class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
     def forward(self, pixel_values: Tensor, bool_masked_pos: SelectionRequest | None = None) -> Tensor:
         """(B, T, C, H, W) → visible tokens with their positions, (B, V, D); fills in the request."""
         size, grid = geometry(self)
-        self._check_pixels(pixel_values, size, grid)
+        patches = self.patch_embeddings
+        frames = size.frames * self.everest.num_candidates(grid[0])
+        height, width = patches.image_size
+        expected = {"frames": frames, "channels": patches.num_channels, "height": height, "width": width}
+        check_clips(pixel_values, expected, self.everest, self.config.num_frames, "pixel_values")
         request = bool_masked_pos or SelectionRequest()
-
-        projection = self.patch_embeddings.projection
-        plain = type(self.patch_embeddings) is original.VideoMAEPatchEmbeddings and is_unhooked(self.patch_embeddings)
-        reuse = plain and is_plain_conv3d(projection)
-        if reuse:
-            with torch.no_grad():
-                embedded = self.patch_embeddings(pixel_values)  # (B, N, D)
-        else:
-            embedded = self.patch_embeddings(pixel_values)
-
-        if request.selection is None:
-            request.selection = self.everest.select(
-                embedded,
-                grid,
-                training=self.training,
-                generator=request.generator,
-                with_importance=request.with_importance,
-            )
-        else:
-            self._check_selection(request.selection, pixel_values, grid)
-        visible = request.selection.visible
-        source = source_positions(visible, request.selection.steps, grid)
-        if reuse:
-            tokens = embed_chosen(embedded, pixel_values, source, projection, size)
-        else:
-            tokens = gather_tokens(embedded, source)
-        return tokens + self._positions.to(tokens.device).to(tokens.dtype)[visible]
+        tokens = visible_tokens(
+            self.everest,
+            request,
+            partial(patches, pixel_values),
+            pixel_values,
+            patches.projection,
+            size,
+            grid,
+            training=self.training,
+            only_projects=type(patches) is original.VideoMAEPatchEmbeddings and is_unhooked(patches),
+        )
+        assert request.selection is not None  # filled in with the tokens
+        return tokens + self._positions.to(tokens.device).to(tokens.dtype)[request.selection.visible]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         self._positions.to(self.patch_embeddings.projection.weight.device)
         return self
-
-    def _check_pixels(self, pixel_values: Tensor, size: TubeletSize, grid: Grid) -> None:
-        patches, sampler = self.patch_embeddings, self.everest.frame_sampler
-        frames = size.frames * self.everest.num_candidates(grid[0])
-        expected = (frames, patches.num_channels, *patches.image_size)
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"expected pixel_values as a tensor (B, T, C, H, W), got {type(pixel_values).__name__}")
-        if tuple(pixel_values.shape[1:]) != expected:
-            sampled = "" if sampler is None else f" ({sampler} of {self.config.num_frames})"
-            raise ValueError(
-                f"expected pixel_values (batch, frames, channels, height, width) = (B, {', '.join(map(str, expected))})"
-                f"{sampled}, got {tuple(pixel_values.shape)}"
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"expected normalised floating-point pixel_values, got {pixel_values.dtype}")
-
-    def _check_selection(self, selection: TokenSelection, pixel_values: Tensor, grid: Grid) -> None:
-        clips = pixel_values.shape[0]
-        if tuple(selection.grid) != grid or selection.visible.shape[0] != clips:
-            raise ValueError(
-                f"token_selection is for {selection.visible.shape[0]} clips of grid {tuple(selection.grid)}, "
-                f"the input has {clips} of grid {grid}"
-            )
-        if (selection.steps is None) != (self.everest.frame_sampler is None):
-            raise ValueError("token_selection must have `steps` exactly where the model has a frame sampler")
-        for name in ("visible", "target", "steps"):
-            index = getattr(selection, name)
-            if index is not None and (index.ndim != 2 or index.shape[0] != clips or index.dtype != torch.int64):
-                got = f"{index.dtype} {tuple(index.shape)}"
-                raise ValueError(f"token_selection.{name} must be int64 ({clips}, …), got {got}")
-        if selection.target is None and self.everest.task == "pretraining":
-            raise ValueError("token_selection has no targets, which pre-training needs: select with this model")
 
 
 class VideoMAEForPreTraining(original.VideoMAEForPreTraining):
@@ -157,7 +96,7 @@ class VideoMAEForPreTraining(original.VideoMAEForPreTraining):
             raise ValueError(f"norm_pix_loss=False needs RGB pixels to unnormalise, got {config.num_channels} channels")
         if bool_masked_pos is not None:
             _ignore_mask(self.videomae.embeddings)
-        request = SelectionRequest(_checked(kwargs.pop("token_selection", None)))
+        request = SelectionRequest(checked_selection(kwargs.pop("token_selection", None)))
         outputs = self.videomae(pixel_values, bool_masked_pos=request, **kwargs)
         selection = request.selection
         assert selection is not None  # filled in by the embeddings
@@ -210,12 +149,6 @@ def _ignore_mask(embeddings: VideoMAEEmbeddings) -> None:
         warnings.warn("bool_masked_pos is ignored: the patched model selects its own tokens", stacklevel=2)
 
 
-def _checked(selection: Any) -> TokenSelection | None:
-    if selection is not None and not isinstance(selection, TokenSelection):
-        raise TypeError(f"token_selection must be a TokenSelection, got {type(selection).__name__}")
-    return selection
-
-
 def _request_selection(
     module: original.VideoMAEModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -223,7 +156,7 @@ def _request_selection(
 
     Its forward drops `token_selection`, but hands `bool_masked_pos` on to the embeddings.
     """
-    selection = _checked(kwargs.pop("token_selection", None))
+    selection = checked_selection(kwargs.pop("token_selection", None))
     mask = args[1] if len(args) > 1 else kwargs.get("bool_masked_pos")
     if isinstance(mask, SelectionRequest):  # the pre-training root's
         return args, kwargs
@@ -237,10 +170,12 @@ def task_of(model: original.VideoMAEPreTrainedModel) -> str:
     return "pretraining" if isinstance(model, original.VideoMAEForPreTraining) else "encoder"
 
 
+def recognises(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "videomae", model), original.VideoMAEModel)
+
+
 def check_patchable(model: nn.Module) -> None:
-    """Raise TypeError for another model, and for a subclass whose own forward a patch would silently replace."""
-    if not isinstance(getattr(model, "videomae", model), original.VideoMAEModel):
-        raise TypeError(f"cannot patch {type(model).__qualname__}; patchable are {PATCHABLE}")
+    """Raise TypeError for a subclass whose own forward a patch would silently replace."""
     swapped = [(_backbone(model).embeddings, original.VideoMAEEmbeddings, VideoMAEEmbeddings)]
     if task_of(model) == "pretraining":
         swapped.append((model, original.VideoMAEForPreTraining, VideoMAEForPreTraining))
@@ -252,45 +187,49 @@ def check_patchable(model: nn.Module) -> None:
 
 
 def shape_of(model: original.VideoMAEPreTrainedModel) -> ModelShape:
-    """The model's widths and depths. Raises as `check_patchable`."""
+    """What its forward multiplies. Raises as `check_patchable`."""
     check_patchable(model)
-    config = model.config
-    size, grid = geometry(_backbone(model).embeddings)
+    config, backbone = model.config, _backbone(model)
+    size, grid = geometry(backbone.embeddings)
+    encoder = blocks_of(backbone.encoder.layer, [config.hidden_size] * config.num_hidden_layers)
+    prefix = int(hasattr(backbone.embeddings, "cls_token"))
     patch = config.num_channels * size.frames * size.height * size.width
-    decoder, outputs = None, 0
+    shape = ModelShape(grid, patch, config.hidden_size, encoder, prefix)
     if task_of(model) == "pretraining":
-        decoder = Blocks(config.decoder_num_hidden_layers, config.decoder_hidden_size, config.decoder_intermediate_size)
-        outputs = patch
-    elif isinstance(model, original.VideoMAEForVideoClassification):
-        outputs = config.num_labels
-    encoder = Blocks(config.num_hidden_layers, config.hidden_size, config.intermediate_size)
-    return ModelShape(grid, patch, encoder, decoder, outputs)
+        widths = [config.decoder_hidden_size] * config.decoder_num_hidden_layers
+        decoder, head = blocks_of(model.decoder.decoder_layers, widths), linear_macs(model.decoder.head)
+        bridge = linear_macs(model.encoder_to_decoder)
+        return replace(shape, bridge=bridge, decoder=decoder, head_per_token=head)
+    if isinstance(model, original.VideoMAEForVideoClassification):
+        return replace(shape, head_per_clip=linear_macs(model.classifier))
+    return shape
 
 
-def norm_eps(model: original.VideoMAEPreTrainedModel) -> float | None:
-    """The eps that transformers hard-codes, so that a folder's numbers need a checkpoint's other one beside it."""
-    norm = _own_norm(model)
-    return None if norm is None else norm.eps
-
-
-def model_grid(model: original.VideoMAEPreTrainedModel) -> Grid:
+def model_grid(model: original.VideoMAEPreTrainedModel, options: PatchOptions) -> Grid:
+    options.refuse_others("a transformers VideoMAE", "drop_path")  # its attention is chosen by attn_implementation
     return geometry(_backbone(model).embeddings)[1]
 
 
-def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, drop_path: float) -> None:
-    """Make `model` select by `policy`. It must be unpatched."""
+def numbers_of(model: original.VideoMAEPreTrainedModel) -> dict[str, Any]:
+    """What `config.everest` should record of a live model besides its selection."""
+    return checkpoint_numbers.numbers_of(model)
+
+
+def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, options: PatchOptions) -> None:
+    """Make `model` select by `policy`, and compute the numbers that its settings record. It must be unpatched."""
     backbone = _backbone(model)
     embeddings = backbone.embeddings
-    if not model.config.use_mean_pooling and hasattr(model, "classifier"):
+    class_token = hasattr(embeddings, "cls_token") or policy.settings.get("class_token")
+    if hasattr(model, "classifier") and not model.config.use_mean_pooling and not class_token:
         warnings.warn(
             "use_mean_pooling=False: the classifier reads the first kept token alone. EVEREST averages them: "
             "load the checkpoint with use_mean_pooling=True",
             stacklevel=3,
         )
-    norm = _own_norm(model)
-    if norm is not None:
-        backbone._eps_before = norm.eps
-        norm.eps = policy.settings["norm_eps"]
+    if not checkpoint_numbers.is_equipped(model):
+        checkpoint_numbers.equip(model, checkpoint_numbers.numbers_in(policy.settings))
+        model._everest_equipped_by_patch = True
+    policy.settings.update(checkpoint_numbers.numbers_of(model))
     embeddings.__class__ = VideoMAEEmbeddings
     embeddings.everest = model.everest = policy
     device = next(model.parameters()).device
@@ -300,8 +239,8 @@ def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, dro
         model._positions = ConstantTable(model.position_embeddings[0], device)
         model._pixel_statistics = ConstantTable(torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]), device)
     backbone._everest_hook = backbone.register_forward_pre_hook(_request_selection, with_kwargs=True)
-    if drop_path:
-        rates = torch.linspace(0, drop_path, len(backbone.encoder.layer)).tolist()  # as VideoMAE: rising with depth
+    if options.drop_path:
+        rates = torch.linspace(0, options.drop_path, len(backbone.encoder.layer)).tolist()  # rising with depth
         for rate, end in zip(rates, _branch_ends(backbone), strict=True):
             for module in end:
                 module.dropout = nn.Sequential(module.dropout, DropPath(rate)).train(module.training)
@@ -323,9 +262,6 @@ def detach(model: original.VideoMAEPreTrainedModel) -> None:
     backbone = _backbone(model)
     backbone._everest_hook.remove()
     del backbone._everest_hook
-    norm = _own_norm(model)
-    if norm is not None:
-        norm.eps = backbone.__dict__.pop("_eps_before")
     for end in _branch_ends(backbone):
         for module in end:
             if isinstance(module.dropout, nn.Sequential) and isinstance(module.dropout[-1], DropPath):
@@ -336,8 +272,12 @@ def detach(model: original.VideoMAEPreTrainedModel) -> None:
     backbone.embeddings.__class__ = original.VideoMAEEmbeddings
     del backbone.embeddings._positions, backbone.embeddings.everest
     backbone.embeddings.__dict__.pop("_warned_of_mask", None)
+    if model.__dict__.pop("_everest_equipped_by_patch", False):
+        checkpoint_numbers.unequip(model)
     if getattr(model.config, "everest", None) is model.everest.settings:
         del model.config.everest
+        if checkpoint_numbers.is_equipped(model):  # it stays what it was loaded as
+            model.config.everest = {"task": task_of(model), **checkpoint_numbers.numbers_of(model)}
     del model.everest
 
 
@@ -358,8 +298,3 @@ def _backbone(model: original.VideoMAEPreTrainedModel) -> original.VideoMAEModel
 def _branch_ends(backbone: original.VideoMAEModel) -> list[tuple[Any, Any]]:
     """The modules that end the two residual branches of each encoder block."""
     return [(layer.attention.output, layer.output) for layer in backbone.encoder.layer]
-
-
-def _own_norm(model: original.VideoMAEPreTrainedModel) -> nn.LayerNorm | None:
-    """The layer norm that transformers builds with its own eps, whatever config.layer_norm_eps says."""
-    return model.decoder.norm if task_of(model) == "pretraining" else getattr(model, "fc_norm", None)

@@ -1,0 +1,45 @@
+"""The class of a patched module whose own class we don't know: ours before its own, under its name, picklable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+_MIXED: dict[tuple[type, type], type[nn.Module]] = {}  # one class for all modules of a kind, as theirs is
+
+
+class Patched(nn.Module):
+    """What `patch_class` puts before a module's own class; `super()` reaches that."""
+
+    _everest_bases: tuple[type[Patched], type[nn.Module]]
+
+    if TYPE_CHECKING:  # it has all that the module's own class has
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Made while running, the class can't be found by name: pickle and deepcopy rebuild it from the two bases."""
+        return _blank, self._everest_bases, self.__dict__.copy()
+
+
+def patch_class(module: nn.Module, mixin: type[Patched]) -> None:
+    """Run `mixin` before the module's own class, in place."""
+    module.__class__ = _mixed(mixin, type(module))
+
+
+def restore_class(module: Any) -> None:
+    """Undo `patch_class`."""
+    module.__class__ = module._everest_bases[1]
+
+
+def _mixed(mixin: type[Patched], own: type[nn.Module]) -> type[nn.Module]:
+    if (mixin, own) not in _MIXED:
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+        _MIXED[mixin, own] = type(own.__name__, (mixin, own), {**names, "_everest_bases": (mixin, own)})
+    return _MIXED[mixin, own]
+
+
+def _blank(mixin: type[Patched], own: type[nn.Module]) -> nn.Module:
+    mixed = _mixed(mixin, own)
+    return mixed.__new__(mixed)
