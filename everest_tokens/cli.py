@@ -35,10 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def _add(commands: Any, name: str, run: Callable[[Any], None], *, help: str, description: str) -> Any:
-    command = commands.add_parser(
-        name, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    command = commands.add_parser(name, help=help, description=description, formatter_class=_Help)
     command.set_defaults(run=run)
     return command
 
