@@ -228,7 +228,7 @@ def _sorted_out(path: Path, state: Mapping[Any, Any]) -> _Weights:
     """Strip wrappers and prefixes, and tell the encoder from what lies beside it."""
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if not isinstance(key, str) or not key.isprintable() or not isinstance(value, Tensor):
             raise ValueError(f"{path}: expected tensors by name, got {key!r}: {type(value).__name__}")
         name = key
         while name.startswith(_WRAPPERS):
@@ -390,7 +390,7 @@ def _stack_of(tensors: Mapping[str, Tensor], prefix: str, width: int) -> tuple[i
     scales = [key for key in tensors if key.startswith(prefix) and key.endswith("attn.scale")]
     if scales:
         raise ValueError(f"{scales[0]}: cosine attention (VideoMAE V2's) is nothing that transformers' VideoMAE has")
-    hidden = {tensors[key].shape[0] for key in tensors if key.startswith(prefix) and key.endswith("mlp.fc1.bias")}
+    hidden = {tensors[key].numel() for key in tensors if key.startswith(prefix) and key.endswith("mlp.fc1.bias")}
     return len(numbers), min(hidden, default=4 * width)
 
 
@@ -405,7 +405,7 @@ def _check_keys(weights: _Weights, info: CheckpointInfo) -> None:
         **_block_shapes(encoder, "blocks.", width, info.depth, info.hidden),
         **{f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")},
     }
-    if info.labels is not None:
+    if info.labels is not None and info.decoder is None:
         expected |= {"head.weight": (info.labels, width), "head.bias": (info.labels,)}
     if "pos_embed" in encoder:
         expected["pos_embed"] = tuple(encoder["pos_embed"].shape)  # looked at where it is read
