@@ -283,7 +283,8 @@ def _described(
     bridge, decodes = others.get("encoder_to_decoder.weight"), any(_among((r"decoder\.\D",), key) for key in others)
     if for_pretraining and decodes:
         if bridge is None or not bridge.ndim:
-            raise ValueError("missing: the pixel decoder's encoder_to_decoder.weight (decoder width, width)")
+            got = "none" if bridge is None else str(tuple(bridge.shape))
+            raise ValueError(f"missing: expected encoder_to_decoder.weight (decoder width, {width}), got {got}")
         decoder_width = bridge.shape[0]
         decoder_depth, decoder_hidden = _stack_of(others, "decoder.blocks.", decoder_width)
         given = num_heads[1] if isinstance(num_heads, tuple) else _DECODER_HEADS.get(decoder_width, num_heads)
