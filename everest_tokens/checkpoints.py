@@ -28,7 +28,6 @@ from everest_tokens.selectors import Grid
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("videomae", "videomaev2", "mme", "mvd", "everest")
-NORM_EPS = 1e-6  # of every layer norm of every family
 
 
 class _Default(int):
@@ -37,7 +36,7 @@ class _Default(int):
 
 _NUM_FRAMES, _IMAGE_SIZE = _Default(16), _Default(224)
 _CONTAINERS = ("model", "module", "model_state", "state_dict")
-_WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and hub classes
 _PREFIXES = ("encoder_q.encoder.model.", "encoder.model.", "encoder.", "backbone.", "")
 _HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # no tensor shows them
 _DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
@@ -210,7 +209,7 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted is None:
-            raise ValueError(f"{path} is no readable checkpoint: {_one_line(error)}") from error
+            raise ValueError(f"{path} is no checkpoint that can be read without running what is in it") from error
         raise ValueError(
             f"{path} wants to run {wanted[1]} while it is loaded, which was refused. If you trust where the file comes"
             " from, load it there, in the repository that wrote it, and save its tensors alone:"
@@ -235,6 +234,8 @@ def _sorted_out(path: Path, state: Mapping[Any, Any]) -> _Weights:
             name = name.split(".", 1)[1]
         if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
             raise ValueError(f"{path}: expected floating-point weights, got {value.dtype}, {value.layout} for {key}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {key} claims a shape {tuple(value.shape)} that its data doesn't fill")
         if name in tensors:
             raise ValueError(f"{path} has {name} twice, under different prefixes")
         tensors[name] = value
@@ -248,6 +249,8 @@ def _sorted_out(path: Path, state: Mapping[Any, Any]) -> _Weights:
         if name.startswith(prefix) and not (prefix == "" and _among(_BESIDE, name)):
             weights.encoder[name.removeprefix(prefix)] = tensor
         elif name in ("head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"):
+            if f"{prefix}{name}" in tensors:
+                raise ValueError(f"{path} has both {name} and {prefix}{name}")
             weights.encoder[name] = tensor
         else:
             weights.others[name] = tensor
@@ -269,6 +272,11 @@ def _described(
     _check_arguments(family, num_labels, num_heads, num_frames, image_size)
     encoder, others = weights.encoder, weights.others
     family, assumed = _family_of(weights, family)
+    if "pos_embed" not in encoder:
+        segments = _quotient(weights.arguments.get("num_segments"), 1) or 1
+        frames, side = (_quotient(weights.arguments.get(name), 1) for name in ("num_frames", "input_size"))
+        num_frames = frames * segments if frames and isinstance(num_frames, _Default) else num_frames
+        image_size = side if side and isinstance(image_size, _Default) else image_size
 
     kernel = encoder["patch_embed.proj.weight"]
     if kernel.ndim not in (4, 5) or kernel.shape[-1] != kernel.shape[-2]:
@@ -287,6 +295,8 @@ def _described(
             raise ValueError(f"missing: expected encoder_to_decoder.weight (decoder width, {width}), got {got}")
         decoder_width = bridge.shape[0]
         decoder_depth, decoder_hidden = _stack_of(others, "decoder.blocks.", decoder_width)
+        if num_labels is not None:
+            raise ValueError(f"num_labels={num_labels} is for a classifier, but the pixel decoder was asked for")
         given = num_heads[1] if isinstance(num_heads, tuple) else _DECODER_HEADS.get(decoder_width, num_heads)
         decoder = (decoder_width, decoder_depth, _known_heads(decoder_width, given, "decoder"), decoder_hidden)
     heads = num_heads[0] if isinstance(num_heads, tuple) else num_heads
@@ -328,6 +338,8 @@ def _described(
         assumed=tuple(assumed),
     )
     _check_keys(weights, info)
+    if family == "mvd" and decoder is not None:
+        raise ValueError("family='mvd', but the file has a pixel decoder, which MVD's don't have")
     for which, size, count in (("encoder", width, info.heads), ("decoder", *(decoder or (1, 1, 1))[::2])):
         if size % count:
             raise ValueError(f"num_heads={count} doesn't divide the {which}'s width {size}")
@@ -363,7 +375,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _family_of(weights: _Weights, family: str | None) -> tuple[str, list[str]]:
     """The family, and what was assumed about it."""
-    others, name = weights.others, str(weights.arguments.get("model", ""))
+    others, name = weights.others, weights.arguments.get("model")
     by_keys = None
     if any(re.match(_OTHER_TARGETS["MVD's decoders"][0], key) for key in others) or "cls_token" in weights.encoder:
         by_keys = "mvd"
@@ -373,6 +385,7 @@ def _family_of(weights: _Weights, family: str | None) -> tuple[str, list[str]]:
         raise ValueError(f"family={family!r} was given, but the file's keys are those of {by_keys}")
     if family is not None or by_keys is not None:
         return family or by_keys or "", []
+    name = name if isinstance(name, str) else ""
     if "masked_video_student" in name or "remove_pos_emb" in weights.arguments:
         return "mvd", ["family 'mvd' by the file's args"]
     if "videoms" in name or "motion_centric_masking" in weights.arguments:
@@ -512,6 +525,9 @@ def _with_positions(weights: _Weights, info: CheckpointInfo, num_frames: int, im
     fitting = next((guess for guess in guesses if guess[0] * guess[1] ** 2 == tokens), None)
     if fitting is None:
         raise ValueError(f"pos_embed has {tokens} rows, which fits no square clip: give its num_frames or image_size")
+    if fitting != guesses[0]:  # the file doesn't say
+        line = f"the {tokens} rows of pos_embed are taken for {fitting[0]}×{fitting[1]}×{fitting[1]} tubelets"
+        info = replace(info, assumed=(*info.assumed, line))
     stored: Grid = (fitting[0], fitting[1], fitting[1])
     frames = stored[0] * tubelet if isinstance(num_frames, _Default) else num_frames
     size = stored[1] * patch if isinstance(image_size, _Default) else image_size
@@ -525,7 +541,8 @@ def _with_positions(weights: _Weights, info: CheckpointInfo, num_frames: int, im
 
 
 def _quotient(value: Any, divisor: int) -> int:
-    return value // divisor if isinstance(value, int) and value % divisor == 0 else 0
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**6 and value % divisor == 0
+    return value // divisor if whole else 0
 
 
 def _same(table: Tensor, formula: Tensor) -> bool:
@@ -544,7 +561,7 @@ def _built(weights: _Weights, info: CheckpointInfo) -> VideoMAEForPreTraining | 
         "num_hidden_layers": info.depth,
         "num_attention_heads": info.heads,
         "intermediate_size": info.hidden,
-        "layer_norm_eps": NORM_EPS,
+        "layer_norm_eps": checkpoint_numbers.NORM_EPS,
         "use_mean_pooling": bool(info.mean_pooling),
         "qv_bias": _biased(weights.encoder),
     }
@@ -563,7 +580,7 @@ def _built(weights: _Weights, info: CheckpointInfo) -> VideoMAEForPreTraining | 
             module.to_empty(device="cpu")
             model._init_weights(module)
     _fill_tables(model, info)
-    numbers = {"norm_eps": NORM_EPS, "position": info.position, "class_token": info.class_token}
+    numbers = {"norm_eps": checkpoint_numbers.NORM_EPS, "position": info.position, "class_token": info.class_token}
     checkpoint_numbers.equip(model, numbers, _extra_tensors(weights, info))
     task = "encoder" if info.decoder is None else "pretraining"
     model.config.everest = {"task": task, **checkpoint_numbers.numbers_of(model)}

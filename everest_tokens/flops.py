@@ -83,7 +83,7 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
         seen_by_head = visible + (0 if shape.head_drops_prefix else shape.prefix)
     return FlopCount(
         selection=compared,
-        patch_embedding=math.prod(candidates) * shape.patch * shape.width,
+        patch_embedding=math.prod(candidates) * shape.projection,
         encoder=shape.encoder.macs(shape.prefix + visible),
         decoder=decoder,
         head=seen_by_head * shape.head_per_token + shape.head_per_clip,

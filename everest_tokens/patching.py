@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.hosts import timm_vit, transformers_videomae, videomae_family
+from everest_tokens.hosts import checkpoint_numbers, timm_vit, transformers_videomae, videomae_family
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, frame_sampler_from, selector_from
 from everest_tokens.selectors import ReRoSelector, Selector
@@ -38,10 +38,12 @@ def patch_videomae(
 ) -> Model:
     """Let only the informative tokens of a video reach the model's encoder and decoder (paper §4.1, Eq. 2 and 3).
 
-    In place: parameters, state dict, classes' names, config class, outputs and forward parameters stay as they are.
-    Patching a patched model replaces the first patch. A setting that is not given (None, for all but `mask_ratio`) is
-    taken from `config.everest`, where a patched model or a folder saved from one of the same task keeps it, else it is
-    the paper's default; `drop_path` is not kept. `model.everest.frame_sampler = None` takes a restored sampler out.
+    In place: parameters, state dict, classes' names, config class, outputs and forward parameters stay as they are (a
+    timm model's patch projection becomes a new, 5-D parameter). Patching a patched model replaces the first patch. A
+    setting of the selection that is not given (None, for all but `mask_ratio`) is taken from the patch before, or from
+    `config.everest`, where a folder saved from a patched model of the same task keeps it, else it is the paper's
+    default. `model.everest.frame_sampler = None` takes a restored sampler out. A model runs one forward at a time:
+    threads need copies.
 
     Args:
         model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; a model of the
@@ -53,6 +55,11 @@ def patch_videomae(
         visible: a selector that chooses the visible tokens instead; the other kept tokens are the targets.
         frame_sampler: the model then takes tubelet_size·⌊α·τ⌋ frames and draws its τ time steps among them (§4.2).
         drop_path: stochastic depth of the last encoder block, rising linearly from 0 at the first; training only.
+        num_frames, tubelet_size: timm only: frames of a clip, and how many of them the image's patch embedding is
+            spread over.
+        temporal_embedding: timm only: "sincos" adds a fixed table over the time steps to the image's position
+            embedding, at its root mean square; "none" adds nothing.
+        fused_attention: the family's own models only: `scaled_dot_product_attention` in their blocks.
         num_frames, tubelet_size: timm only: frames of a clip, and how many of them the image's patch embedding is
             spread over.
         temporal_embedding: timm only: "sincos" adds a fixed table over the time steps to the image's position
@@ -71,12 +78,18 @@ def patch_videomae(
     host = host_of(root)
     host.check_patchable(root)
     _refuse_prepared(root)
+    if host is timm_vit and not is_patched(root) and _in_ddp(model):
+        raise TypeError(
+            "the patch projection becomes a new parameter: call patch_videomae before DistributedDataParallel"
+        )
     if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
     options = PatchOptions(drop_path, num_frames, tubelet_size, temporal_embedding, fused_attention)
 
     task = host.task_of(root)
     recorded, numbers = _recorded(root, task)
+    if recorded and not all(isinstance(recorded[key], (dict, type(None))) for key in _SELECTION_KEYS - {"mask_ratio"}):
+        raise ValueError(f"config.everest can't be read: {recorded}: delete it to start from the defaults")
     if selector is None:
         selector = selector_from(recorded["selector"], "selector") if recorded else ReRoSelector(_KEEP_RATIO[task])
     if mask_ratio is _MASK_RATIO and recorded:
@@ -86,13 +99,13 @@ def patch_videomae(
     if frame_sampler is None and recorded and recorded["frame_sampler"]:
         frame_sampler = frame_sampler_from(recorded["frame_sampler"])
     if is_patched(root) and host is transformers_videomae:  # a live model's own win over what was recorded
-        numbers = host.numbers_of(root)
+        numbers = checkpoint_numbers.numbers_of(root)
     policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
     policy.settings.update(numbers)
     policy.check(host.model_grid(root, options))
 
     if is_patched(root):
-        host.detach(root)
+        host.detach(root, options)
     host.attach(root, policy, options)
     return model
 
@@ -114,7 +127,7 @@ def unpatch_videomae(model: Model) -> Model:
     """
     root = _patched(model)
     _refuse_sharded(root, "unpatch_videomae")
-    host_of(root).detach(root)
+    host_of(root).detach(root, None)
     return model
 
 
@@ -168,6 +181,11 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
+def _in_ddp(model: Any) -> bool:
+    wrapped = getattr(model, "_orig_mod", model)
+    return isinstance(wrapped, nn.parallel.DistributedDataParallel)
+
+
 def _refuse_prepared(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if "forward" in module.__dict__:
@@ -187,11 +205,18 @@ def _refuse_sharded(root: Any, function: str) -> None:
 _SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
 
 
+_SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
+
+
 def _recorded(root: Any, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `config.everest` says of the selection, for the same task, and of the checkpoint's numbers; else empty."""
+    if is_patched(root) and not hasattr(root, "config"):
+        return root.everest.settings, {}
     recorded = getattr(getattr(root, "config", None), "everest", None)
-    if not isinstance(recorded, dict):
+    if recorded is None:
         return {}, {}
+    if not isinstance(recorded, dict):
+        raise ValueError(f"config.everest must be a dict, got {recorded!r}: delete it to start from the defaults")
     numbers = {key: value for key, value in recorded.items() if key not in _SELECTION_KEYS | {"task"}}
     if isinstance(recorded, LiveSettings) and not (is_patched(root) and root.everest.settings is recorded):
         whose, numbers = "written by another model that shares this config", {}

@@ -319,13 +319,15 @@ def _ranks_alike(selector: Selector, visible: Selector) -> bool:
 
 def frame_sampler_from(settings: dict[str, Any]) -> InfoFrameSampler:
     """Rebuild a frame sampler from `config.everest`. Raises ValueError for one that JSON could not record."""
-    if settings.get("name") != InfoFrameSampler.__name__:
+    if settings.get("name") != InfoFrameSampler.__name__ or "alpha" not in settings:
         raise ValueError(f"config.everest records a custom frame sampler ({settings}): pass frame_sampler=")
     return InfoFrameSampler(settings["alpha"])
 
 
 def selector_from(settings: dict[str, Any], name: str) -> Selector:
     """Rebuild a selector from `config.everest`. Raises ValueError for one that JSON could not record."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"config.everest records a {name} that can't be read: {settings}")
     known = {cls.__name__: cls for cls in _SELECTORS}
     arguments = {key: value for key, value in settings.items() if key != "name"}
     if settings.get("name") not in known or settings.get("distance") == "custom":

@@ -25,15 +25,20 @@ logger = logging.getLogger(__name__)
 TENSORS_FILE = "everest.safetensors"
 POSITIONS = ("sinusoid", "mvd", "stored")  # VideoMAE's formula, MVD's, or a table of the file's own
 _NAMES = ("norm_eps", "position", "class_token")
+NORM_EPS = 1e-6  # of every layer norm of every family
 _TRANSFORMERS_EPS = 1e-5  # of fc_norm and decoder.norm, whatever config.layer_norm_eps says
 
 
 def numbers_in(recorded: dict[str, Any]) -> dict[str, Any]:
     """The part of `config.everest` that concerns this file. Raises ValueError for values that can't be."""
     numbers = {name: recorded[name] for name in _NAMES if name in recorded}
-    eps, position, token = numbers.get("norm_eps", 1.0), numbers.get("position", "sinusoid"), numbers.get("class_token")
-    if not isinstance(eps, (int, float)) or not eps > 0:
-        raise ValueError(f"config.everest records norm_eps {eps!r}: expected a positive number")
+    eps, position, token = (
+        numbers.get("norm_eps", NORM_EPS),
+        numbers.get("position", "sinusoid"),
+        numbers.get("class_token"),
+    )
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
+        raise ValueError(f"config.everest records norm_eps {eps!r}: expected a number in (0, 1)")
     if position not in POSITIONS:
         raise ValueError(f"config.everest records position {position!r}: expected one of {', '.join(POSITIONS)}")
     if token not in (None, True, False):
@@ -55,7 +60,7 @@ def is_equipped(model: original.VideoMAEPreTrainedModel) -> bool:
 def equip(
     model: original.VideoMAEPreTrainedModel, numbers: dict[str, Any], tensors: dict[str, Tensor] | None = None
 ) -> None:
-    """Make a plain transformers model compute a checkpoint's numbers.
+    """Make a plain transformers model compute a checkpoint's numbers, for good: they are part of what it is.
 
     Args:
         numbers: as `config.everest` records them.
@@ -71,11 +76,13 @@ def equip(
     grid: Grid = (frames // patches.tubelet_size, height // rows, width // columns)
     channels = model.config.hidden_size
     position, class_token = numbers.get("position", "sinusoid"), bool(numbers.get("class_token"))
+    norm = own_norm(model)
+    eps = numbers.get("norm_eps", NORM_EPS if norm is None else norm.eps)
+    if position == "sinusoid" and not class_token and (norm is None or norm.eps == eps):
+        return  # transformers' own
     if tensors is None:
         tensors = _tensors_beside(model) if position == "stored" or class_token else {}
 
-    norm = own_norm(model)
-    before = {"table": embeddings.position_embeddings, "norm_eps": None if norm is None else norm.eps}
     table = token = None
     if position == "mvd":
         table = mvd_table(grid, channels)[None]
@@ -84,34 +91,20 @@ def equip(
     if class_token:
         token = _fitting(tensors, "class_token", (1, 1, channels))
 
-    if norm is not None and "norm_eps" in numbers:
-        norm.eps = float(numbers["norm_eps"])
+    if norm is not None:
+        norm.eps = eps
     if table is not None:
         embeddings.position_embeddings = table
     if token is not None:
         weight = patches.projection.weight
-        embeddings.cls_token = nn.Parameter(token.to(weight.device, weight.dtype, copy=True))
-        before["hooks"] = [embeddings.register_forward_hook(_prepend_class_token)]
+        token = token.to(weight.device, weight.dtype, copy=True)
+        embeddings.cls_token = nn.Parameter(token, weight.requires_grad)
+        embeddings.register_forward_hook(_prepend_class_token)
         if model.config.use_mean_pooling:
-            before["hooks"].append(_backbone(model).register_forward_hook(_drop_class_token))
-    model._everest_numbers, model._everest_before = dict(numbers), before
+            _backbone(model).register_forward_hook(_drop_class_token)
+    model._everest_numbers = dict(numbers)
     if lacking(model):
         model.save_pretrained = partial(_save_pretrained, model)
-
-
-def unequip(model: original.VideoMAEPreTrainedModel) -> None:
-    """Undo `equip`."""
-    before, norm = model._everest_before, own_norm(model)
-    embeddings = _backbone(model).embeddings
-    embeddings.position_embeddings = before["table"]
-    if norm is not None:
-        norm.eps = before["norm_eps"]
-    for hook in before.get("hooks", ()):
-        hook.remove()
-    if hasattr(embeddings, "cls_token"):
-        del embeddings.cls_token
-    model.__dict__.pop("save_pretrained", None)
-    del model._everest_numbers, model._everest_before
 
 
 def lacking(model: original.VideoMAEPreTrainedModel) -> list[str]:
@@ -152,32 +145,44 @@ def _drop_class_token(module: nn.Module, args: Any, output: Any) -> Any:
     return output
 
 
-def _save_pretrained(model: original.VideoMAEPreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+def _save_pretrained(
+    model: original.VideoMAEPreTrainedModel,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     """transformers' `save_pretrained`, the tensors that it has no place for, and a line that says so."""
     tensors = {}
     if model._everest_numbers.get("position") == "stored":
         tensors["position_embeddings"] = _backbone(model).embeddings.position_embeddings[0].cpu().contiguous()
     if model._everest_numbers.get("class_token"):
-        state = dict(kwargs.get("state_dict") or model.state_dict())  # a sharded model's is gathered by the caller
+        state_dict = dict(state_dict or model.state_dict())  # a sharded model's is gathered by the caller
         key = "embeddings.cls_token" if model is _backbone(model) else "videomae.embeddings.cls_token"
-        tensors["class_token"] = state.pop(key).detach().cpu().contiguous()
-        kwargs["state_dict"] = state
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if not kwargs.get("is_main_process", True):
-        return
-    if tensors:
+        tensors["class_token"] = state_dict.pop(key).detach().cpu().contiguous()
+    if tensors and is_main_process:  # before the weights, which may be pushed to a hub at once
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_file(tensors, Path(save_directory, TENSORS_FILE))
-    logger.warning(
-        "plain transformers on %s would run %s; everest_tokens.patch_videomae on the loaded model restores the numbers",
-        save_directory,
-        ", ".join(lacking(model)),
-    )
+    type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    if is_main_process:
+        logger.warning(
+            "plain transformers on %s would run %s; everest_tokens.patch_videomae on the loaded model restores the"
+            " numbers",
+            save_directory,
+            ", ".join(lacking(model)),
+        )
 
 
 def _tensors_beside(model: original.VideoMAEPreTrainedModel) -> dict[str, Tensor]:
-    source = model.config.name_or_path
-    path = cached_file(source, TENSORS_FILE, _raise_exceptions_for_missing_entries=False) if source else None
-    if path is None:
+    source, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
+    path = Path(source, TENSORS_FILE) if source else None
+    if commit is not None:  # from a hub
+        try:
+            path = Path(cached_file(source, TENSORS_FILE, _commit_hash=commit, revision=commit))
+        except OSError as error:
+            raise ValueError(f"config.everest says that this model needs {TENSORS_FILE}: {error}") from error
+    if path is None or not path.is_file():
         raise ValueError(
             f"config.everest says that this model needs {TENSORS_FILE}, which isn't in {source or 'any folder'!r}: "
             "load the model from the folder that save_pretrained or `everest-tokens convert` wrote"

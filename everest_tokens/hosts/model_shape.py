@@ -29,8 +29,19 @@ class Blocks:
 
 def linear_macs(*modules: nn.Module) -> int:
     """Multiply–accumulates for one token of all linear layers in `modules`, adapters included."""
-    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
-    return sum(layer.in_features * layer.out_features for layer in layers)
+    layers = (layer for module in modules for name, layer in module.named_modules() if _runs(name))
+    return sum(layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+
+
+def projection_macs(projection: nn.Module) -> int:
+    """Multiply–accumulates of a patch or tubelet embedding for one of its tokens, adapters included."""
+    layers = (layer for name, layer in projection.named_modules() if _runs(name))
+    return sum(layer.weight.numel() for layer in layers if isinstance(layer, (nn.Conv2d, nn.Conv3d)))
+
+
+def _runs(name: str) -> bool:
+    """PEFT's `modules_to_save` keeps a module that a trained copy stands in for."""
+    return "original_module" not in name.split(".")
 
 
 def blocks_of(blocks: Iterable[nn.Module], attention_widths: Iterable[int]) -> Blocks:
@@ -43,7 +54,7 @@ class ModelShape:
     """A video transformer over clips of `grid`.
 
     Attributes:
-        patch: values of one tubelet, C·frames·height·width.
+        projection: multiply–accumulates of the tubelet embedding for one tubelet.
         width: channels of a token.
         prefix: class and register tokens, which the encoder always sees.
         bridge: of encoder_to_decoder, for each visible token.
@@ -54,7 +65,7 @@ class ModelShape:
     """
 
     grid: Grid
-    patch: int
+    projection: int
     width: int
     encoder: Blocks
     prefix: int = 0

@@ -15,7 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from everest_tokens.hosts.constant_table import ConstantTable
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs
+from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
 from everest_tokens.hosts.stochastic_depth import (
@@ -236,7 +236,7 @@ def shape_of(model: Any) -> ModelShape:
         head += linear_macs(pool) - linear_macs(pool.kv)
     return ModelShape(
         grid,
-        weight[0].numel(),
+        projection_macs(embedding.proj),
         weight.shape[0],
         encoder,
         prefix=model.num_prefix_tokens,
@@ -259,6 +259,8 @@ def model_grid(model: Any, options: PatchOptions) -> Grid:
     if options.temporal_embedding not in TEMPORAL_EMBEDDINGS:
         known = ", ".join(map(repr, TEMPORAL_EMBEDDINGS))
         raise ValueError(f"temporal_embedding must be one of {known}, got {options.temporal_embedding!r}")
+    if options.temporal_embedding == "sincos" and model.embed_dim % 2:
+        raise ValueError(f"temporal_embedding='sincos' needs an even width, got {model.embed_dim}")
     embedding = model.patch_embed
     return TubeletSize(options.tubelet_size, *embedding.patch_size).grid(options.num_frames, *embedding.img_size)
 
@@ -266,45 +268,58 @@ def model_grid(model: Any, options: PatchOptions) -> Grid:
 def attach(model: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
     """Make `model` take clips and select by `policy`. It must be unpatched."""
     embedding = model.patch_embed
-    image = embedding.proj
-    with torch.device("meta"):  # neither memory nor random numbers for what is replaced below
-        kernel = (options.tubelet_size, *image.kernel_size)
-        video = nn.Conv3d(image.in_channels, image.out_channels, kernel, kernel, bias=image.bias is not None)
-    video.weight = nn.Parameter(_inflated(image.weight, options.tubelet_size), image.weight.requires_grad)
-    video.bias = image.bias
-    embedding.proj = video.train(image.training)
-    embedding._everest_image = (image,)  # in a tuple, so that it is no part of the model
+    model._given = model._steps = None
+    if options.temporal_embedding == "sincos":
+        table = sincos_table(options.num_frames // options.tubelet_size, model.embed_dim)
+        model._steps = ConstantTable(table * math.sqrt(2), embedding.proj.weight.device)
+    if not hasattr(embedding, "_everest_image"):  # else patched again, with the kernel that it has
+        _inflate(embedding, options.tubelet_size)
     patch_class(embedding, TubeletEmbedding)
     embedding.request = embedding.ready = None
     embedding.num_frames = options.num_frames
     embedding.everest = model.everest = policy
-    model._given = model._steps = None
-    if options.temporal_embedding == "sincos":
-        table = sincos_table(options.num_frames // options.tubelet_size, model.embed_dim)
-        model._steps = ConstantTable(table * math.sqrt(2), image.weight.device)
     patch_class(model, VideoTransformer)
     if options.drop_path:
         set_stochastic_depth(model.blocks, options.drop_path)
 
 
-def detach(model: Any) -> None:
-    """Give the image model back: as it was where the kernel is untouched, else with the kernel summed over time."""
+def _inflate(embedding: Any, frames: int) -> None:
+    """Replace the image's projection by one over tubelets."""
+    image = embedding.proj
+    with torch.device("meta"):  # neither memory nor random numbers for what is replaced below
+        kernel = (frames, *image.kernel_size)
+        video = nn.Conv3d(image.in_channels, image.out_channels, kernel, kernel, bias=image.bias is not None)
+    video.weight = nn.Parameter(_inflated(image.weight, frames), image.weight.requires_grad)
+    video.bias = image.bias
+    embedding.proj = video.train(image.training)
+    embedding._everest_image = (image,)  # in a tuple, so that it is no part of the model
+
+
+def detach(model: Any, again: PatchOptions | None) -> None:
+    """Give the image model back: as it was where the kernel is untouched, else with the kernel summed over time.
+
+    Patched `again` with tubelets of the same size, it keeps its projection.
+    """
     embedding = model.patch_embed
     if type(embedding.proj) is not nn.Conv3d:
-        raise TypeError(f"patch_embed.proj is a {type(embedding.proj).__qualname__} now: unload the adapter first")
+        adapter = f"{type(embedding.proj).__module__}.{type(embedding.proj).__qualname__}"
+        raise TypeError(f"patch_embed.proj is a {adapter} now: unload the adapter first")
     restore_stochastic_depth(model.blocks)
     video, (image,) = embedding.proj, embedding._everest_image
     restore_class(embedding)
-    del embedding._everest_image, embedding.request, embedding.ready, embedding.num_frames, embedding.everest
+    for name in ("request", "ready", "num_frames", "everest"):
+        delattr(embedding, name)
     weight = video.weight.detach()
-    untouched = weight.is_meta or torch.equal(weight, _inflated(image.weight, weight.shape[2]).to(weight))
-    image.to(weight.device, weight.dtype)
-    image.weight.requires_grad_(video.weight.requires_grad)
-    if not untouched:
-        image.weight = nn.Parameter(weight.sum(dim=2), video.weight.requires_grad)
-        logger.info("the patch embedding was trained on tubelets: the image model gets its kernel summed over time")
-    image.bias = video.bias
-    embedding.proj = image.train(video.training)
+    if again is None or again.tubelet_size != weight.shape[2]:
+        untouched = weight.is_meta or torch.equal(weight, _inflated(image.weight, weight.shape[2]).to(weight))
+        image.to(weight.device, weight.dtype)
+        image.weight.requires_grad_(video.weight.requires_grad)
+        if not untouched:
+            image.weight = nn.Parameter(weight.sum(dim=2), video.weight.requires_grad)
+            logger.info("the patch embedding was trained on tubelets: the image model gets its kernel summed over time")
+        image.bias = video.bias
+        embedding.proj = image.train(video.training)
+        del embedding._everest_image
     restore_class(model)
     del model._given, model._steps, model.everest
 

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from everest_tokens.hosts import checkpoint_numbers
 from everest_tokens.hosts.constant_table import ConstantTable
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs
+from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, checked_selection, visible_tokens
 from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, source_positions
@@ -190,11 +190,11 @@ def shape_of(model: original.VideoMAEPreTrainedModel) -> ModelShape:
     """What its forward multiplies. Raises as `check_patchable`."""
     check_patchable(model)
     config, backbone = model.config, _backbone(model)
-    size, grid = geometry(backbone.embeddings)
+    _, grid = geometry(backbone.embeddings)
     encoder = blocks_of(backbone.encoder.layer, [config.hidden_size] * config.num_hidden_layers)
     prefix = int(hasattr(backbone.embeddings, "cls_token"))
-    patch = config.num_channels * size.frames * size.height * size.width
-    shape = ModelShape(grid, patch, config.hidden_size, encoder, prefix)
+    projection = projection_macs(backbone.embeddings.patch_embeddings.projection)
+    shape = ModelShape(grid, projection, config.hidden_size, encoder, prefix)
     if task_of(model) == "pretraining":
         widths = [config.decoder_hidden_size] * config.decoder_num_hidden_layers
         decoder, head = blocks_of(model.decoder.decoder_layers, widths), linear_macs(model.decoder.head)
@@ -210,11 +210,6 @@ def model_grid(model: original.VideoMAEPreTrainedModel, options: PatchOptions) -
     return geometry(_backbone(model).embeddings)[1]
 
 
-def numbers_of(model: original.VideoMAEPreTrainedModel) -> dict[str, Any]:
-    """What `config.everest` should record of a live model besides its selection."""
-    return checkpoint_numbers.numbers_of(model)
-
-
 def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, options: PatchOptions) -> None:
     """Make `model` select by `policy`, and compute the numbers that its settings record. It must be unpatched."""
     backbone = _backbone(model)
@@ -226,9 +221,9 @@ def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, opt
             "load the checkpoint with use_mean_pooling=True",
             stacklevel=3,
         )
-    if not checkpoint_numbers.is_equipped(model):
-        checkpoint_numbers.equip(model, checkpoint_numbers.numbers_in(policy.settings))
-        model._everest_equipped_by_patch = True
+    numbers = checkpoint_numbers.numbers_in(policy.settings)
+    if numbers and not checkpoint_numbers.is_equipped(model):
+        checkpoint_numbers.equip(model, numbers)
     policy.settings.update(checkpoint_numbers.numbers_of(model))
     embeddings.__class__ = VideoMAEEmbeddings
     embeddings.everest = model.everest = policy
@@ -257,8 +252,8 @@ def _give_own_config(model: original.VideoMAEPreTrainedModel) -> None:
             module.config = own
 
 
-def detach(model: original.VideoMAEPreTrainedModel) -> None:
-    """Undo `attach`."""
+def detach(model: original.VideoMAEPreTrainedModel, again: PatchOptions | None) -> None:
+    """Undo `attach`; a checkpoint's own numbers stay with the model."""
     backbone = _backbone(model)
     backbone._everest_hook.remove()
     del backbone._everest_hook
@@ -272,11 +267,9 @@ def detach(model: original.VideoMAEPreTrainedModel) -> None:
     backbone.embeddings.__class__ = original.VideoMAEEmbeddings
     del backbone.embeddings._positions, backbone.embeddings.everest
     backbone.embeddings.__dict__.pop("_warned_of_mask", None)
-    if model.__dict__.pop("_everest_equipped_by_patch", False):
-        checkpoint_numbers.unequip(model)
     if getattr(model.config, "everest", None) is model.everest.settings:
         del model.config.everest
-        if checkpoint_numbers.is_equipped(model):  # it stays what it was loaded as
+        if checkpoint_numbers.lacking(model):  # what its numbers need stays with it, also in the next folder
             model.config.everest = {"task": task_of(model), **checkpoint_numbers.numbers_of(model)}
     del model.everest
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs
+from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
 from everest_tokens.hosts.stochastic_depth import (
@@ -108,6 +108,32 @@ class FineTuning(Patched):
         return self
 
 
+class PreTrainingEncoder(Patched):
+    """Encodes the visible tokens, without a boolean mask."""
+
+    def forward(self, x: Tensor, request: SelectionRequest) -> Tensor:
+        """(B, C, T, H, W) → (B, V, D); fills in the request."""
+        embedding = self.patch_embed
+        embedding.request = request
+        try:
+            tokens = embedding(x)
+        finally:
+            embedding.request = None
+        assert request.selection is not None
+        tokens = tokens + _rows(self.pos_embed, request.selection.visible, tokens.dtype)
+        for block in self.blocks:
+            if getattr(self, "use_checkpoint", False) or getattr(self, "with_cp", False):
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+        return self.head(self.norm(tokens))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        _move_table(self, "pos_embed", self.patch_embed.proj.weight.device)
+        return self
+
+
 class PreTraining(Patched):
     """Predicts the pixels of the kept tokens that are not visible (Eq. 3)."""
 
@@ -126,23 +152,11 @@ class PreTraining(Patched):
             The prediction (B, M, frames·height·width·C) in the order of `TokenSelection.target`, and (visible_mask,
             target_mask), (B, N) bool over the tokens of `x`, True where a token is *not* in the set.
         """
-        encoder, embedding = self.encoder, self.encoder.patch_embed
-        embedding.request = request = SelectionRequest(checked_selection(token_selection))
-        try:
-            tokens = embedding(x)  # (B, V, D)
-        finally:
-            embedding.request = None
+        request = SelectionRequest(checked_selection(token_selection))
+        seen = self.encoder_to_decoder(self.encoder(x, request))  # (B, V, decoder D)
         selection = request.selection
         assert selection is not None
         assert selection.target is not None
-
-        tokens = tokens + _rows(encoder.pos_embed, selection.visible, tokens.dtype)
-        for block in encoder.blocks:
-            if getattr(encoder, "use_checkpoint", False) or getattr(encoder, "with_cp", False):
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
-        seen = self.encoder_to_decoder(encoder.head(encoder.norm(tokens)))  # (B, V, decoder D)
         asked = self.mask_token + _rows(self.pos_embed, selection.target, x.dtype)
         seen = seen + _rows(self.pos_embed, selection.visible, x.dtype)  # as these models: in the clip's dtype
         prediction = self.decoder(torch.cat([seen, asked], dim=1), selection.target.shape[1])
@@ -151,8 +165,7 @@ class PreTraining(Patched):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        for module in (self, self.encoder):
-            _move_table(module, "pos_embed", self.mask_token.device)
+        _move_table(self, "pos_embed", self.mask_token.device)
         return self
 
 
@@ -164,7 +177,7 @@ class FusedAttention(Patched):
         batch, count, _ = tokens.shape
         bias = None
         if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         products = nn.functional.linear(tokens, self.qkv.weight, bias)
         query, key, value = products.view(batch, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -189,6 +202,12 @@ def check_patchable(model: Any) -> None:
     embedding = getattr(_encoder(model), "patch_embed", None)
     if isinstance(embedding, TubeletEmbedding) and not isinstance(model, Patched):
         raise TypeError("a part of this model, or a model that it is part of, is patched already: unpatch that first")
+    table = getattr(_encoder(model), "pos_embed", None)
+    if isinstance(table, Tensor) and embedding is not None and table.shape[1] != embedding.num_patches:
+        raise TypeError(
+            f"{type(model).__qualname__} has {table.shape[1]} positions for {embedding.num_patches} tubelets;"
+            f" patchable are {PATCHABLE}"
+        )
     if _predicts_features(model):
         raise TypeError(
             f"{type(model).__qualname__} predicts other targets than pixels (MME: motion, MVD: teachers' features), "
@@ -208,7 +227,11 @@ def shape_of(model: Any) -> ModelShape:
     weight = encoder.patch_embed.proj.weight
     prefix = int(getattr(encoder, "cls_token", None) is not None)
     shape = ModelShape(
-        geometry(encoder.patch_embed)[1], weight[0].numel(), weight.shape[0], _blocks(encoder.blocks), prefix
+        geometry(encoder.patch_embed)[1],
+        projection_macs(encoder.patch_embed.proj),
+        weight.shape[0],
+        _blocks(encoder.blocks),
+        prefix,
     )
     if not _pretrains(model):
         return replace(shape, head_per_clip=linear_macs(model.head))
@@ -240,6 +263,7 @@ def attach(model: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
     embedding.everest = model.everest = policy
     if _pretrains(model):
         patch_class(model, PreTraining)
+        patch_class(encoder, PreTrainingEncoder)
         for module in (model, encoder):
             _move_table(module, "pos_embed", device)
     else:
@@ -256,7 +280,7 @@ def attach(model: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         set_stochastic_depth(encoder.blocks, options.drop_path)
 
 
-def detach(model: Any) -> None:
+def detach(model: Any, again: PatchOptions | None) -> None:
     """Undo `attach`."""
     encoder = _encoder(model)
     restore_stochastic_depth(encoder.blocks)
@@ -269,6 +293,7 @@ def detach(model: Any) -> None:
     del model.everest
     restore_class(model)
     if _pretrains(model):
+        restore_class(encoder)
         return
     table = model.__dict__.pop("_table")
     del model._given

@@ -745,7 +745,7 @@ class TestPatchingTwice:
     @pytest.mark.parametrize("name", [VIT, EVA])
     def test_replaces_the_first(self, name):
         plain = build(name)
-        model = patched_copy(plain, et.ReRoSelector(0.25), tubelet_size=3, frame_sampler=et.InfoFrameSampler(2.0))
+        model = patched_copy(plain, et.ReRoSelector(0.25), tubelet_size=3)
         assert et.patch_videomae(model, et.ReRoSelector(0.5), num_frames=8, tubelet_size=2) is model
         clips = build_clips(plain, frames=8)
         selection = et.select_tokens(model, clips)
@@ -753,6 +753,19 @@ class TestPatchingTwice:
         torch.testing.assert_close(model(clips), by_hand(plain, clips, selection).output, **CLOSE)
         et.unpatch_videomae(model)
         assert torch.equal(model.patch_embed.proj.weight, plain.patch_embed.proj.weight)
+
+    def test_keeps_the_trained_kernel_and_the_selection(self):
+        """Of the same tubelets it is the same projection, which an optimiser may hold already."""
+        model = patched_copy(build(VIT), et.ReRoSelector(0.8))
+        parameter = model.patch_embed.proj.weight
+        parameter.data[:, :, 0] += 1  # the two frames of a tubelet have their own weights now
+        trained = parameter.detach().clone()
+        et.patch_videomae(model, num_frames=8)
+        assert model.patch_embed.proj.weight is parameter
+        assert torch.equal(parameter, trained)
+        assert model.everest.selector.keep_ratio == 0.8
+        et.unpatch_videomae(model)
+        assert torch.equal(model.patch_embed.proj.weight, trained.sum(dim=2))
 
     def test_a_failure_changes_nothing(self):
         plain = build(VIT)
