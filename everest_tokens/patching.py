@@ -20,6 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # A float of its own identity: 0.9 that a caller passes must win over a recorded value, this default must not.
 _MASK_RATIO = float("0.9")
 _HOSTS = (transformers_videomae, timm_vit, videomae_family)
+_SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
 _KEEP_RATIO = {"pretraining": 0.3, "encoder": 0.6}  # ρ_pre of Tables 7 and 8
 
 
@@ -60,11 +61,6 @@ def patch_videomae(
         temporal_embedding: timm only: "sincos" adds a fixed table over the time steps to the image's position
             embedding, at its root mean square; "none" adds nothing.
         fused_attention: the family's own models only: `scaled_dot_product_attention` in their blocks.
-        num_frames, tubelet_size: timm only: frames of a clip, and how many of them the image's patch embedding is
-            spread over.
-        temporal_embedding: timm only: "sincos" adds a fixed table over the time steps to the image's position
-            embedding, at its root mean square; "none" adds nothing.
-        fused_attention: the family's own models only: `scaled_dot_product_attention` in their blocks.
 
     Returns:
         The model it was given; `model.everest` is the live `SelectionPolicy`.
@@ -78,13 +74,11 @@ def patch_videomae(
     host = host_of(root)
     host.check_patchable(root)
     _refuse_prepared(root)
-    if host is timm_vit and not is_patched(root) and _in_ddp(model):
-        raise TypeError(
-            "the patch projection becomes a new parameter: call patch_videomae before DistributedDataParallel"
-        )
     if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
     options = PatchOptions(drop_path, num_frames, tubelet_size, temporal_embedding, fused_attention)
+    if host is timm_vit and not timm_vit.keeps_projection(root, options):
+        _refuse_ddp(model, "patch_videomae")
 
     task = host.task_of(root)
     recorded, numbers = _recorded(root, task)
@@ -127,6 +121,8 @@ def unpatch_videomae(model: Model) -> Model:
     """
     root = _patched(model)
     _refuse_sharded(root, "unpatch_videomae")
+    if host_of(root) is timm_vit:
+        _refuse_ddp(model, "unpatch_videomae")
     host_of(root).detach(root, None)
     return model
 
@@ -181,9 +177,13 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
-def _in_ddp(model: Any) -> bool:
-    wrapped = getattr(model, "_orig_mod", model)
-    return isinstance(wrapped, nn.parallel.DistributedDataParallel)
+def _refuse_ddp(model: Any, function: str) -> None:
+    """DDP would not synchronise the gradient of a projection that it doesn't know."""
+    if isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"the patch projection becomes a new parameter: call {function} on the model inside DistributedDataParallel"
+            " and wrap it anew"
+        )
 
 
 def _refuse_prepared(root: nn.Module) -> None:
@@ -200,12 +200,6 @@ def _refuse_sharded(root: Any, function: str) -> None:
     for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
         if {base.__name__ for base in type(module).__mro__} & {"FSDPModule", "FullyShardedDataParallel"}:
             raise TypeError(f"{name or type(root).__qualname__} is FSDP-sharded: call {function} before sharding it")
-
-
-_SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
-
-
-_SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
 
 
 def _recorded(root: Any, task: str) -> tuple[dict[str, Any], dict[str, Any]]:

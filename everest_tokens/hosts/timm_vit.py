@@ -283,6 +283,11 @@ def attach(model: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         set_stochastic_depth(model.blocks, options.drop_path)
 
 
+def keeps_projection(model: Any, options: PatchOptions) -> bool:
+    """Whether a patch leaves the projection as it is: the model is patched already, with tubelets of the same size."""
+    return isinstance(model, VideoTransformer) and model.patch_embed.proj.weight.shape[2] == options.tubelet_size
+
+
 def _inflate(embedding: Any, frames: int) -> None:
     """Replace the image's projection by one over tubelets."""
     image = embedding.proj
