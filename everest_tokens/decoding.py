@@ -5,8 +5,10 @@ A reader has a `length` and reads frames by number, in the order in which they a
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,13 +24,22 @@ BACKENDS = ("pyav", "torchcodec")
 # H.264 and HEVC may reorder a frame by at most 16 places; one further off means that the clock jumped or started again.
 _MAX_REORDER = 32
 
+# Codecs whose FFmpeg decoders leave out exactly the frames that no other frame refers to when told NONREF. (HEVC's goes
+# by a mark that binds the frames of one temporal layer only.)
+_SKIPS_UNREFERENCED = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
+
+Part = tuple[float, float]
+
 T = TypeVar("T")
 
 
 def with_reader(
-    path: str | os.PathLike[str], backend: str | None, use: Callable[[_PyAVReader | _TorchCodecReader], T]
+    path: str | os.PathLike[str],
+    backend: str | None,
+    use: Callable[[_PyAVReader | _TorchCodecReader], T],
+    part: Part | None = None,
 ) -> T:
-    """use(reader of the file), choosing the backend as `read_frames` documents."""
+    """use(reader of the file, or of a part of it), choosing the backend as `read_frames` documents."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     name = os.fsdecode(path)
@@ -41,7 +52,7 @@ def with_reader(
 
     if backend != "pyav" and _torchcodec_decoder() is not None:
         try:
-            return use(_TorchCodecReader(name))
+            return use(_TorchCodecReader(name, part))
         except _NotForTorchCodec as error:
             # PyAV goes on after a broken packet, and can say what is wrong with the file.
             if backend == "torchcodec":
@@ -52,7 +63,7 @@ def with_reader(
         import av  # noqa: F401
     except ImportError as error:
         raise ImportError('reading this video needs PyAV: pip install "everest-tokens[video]"') from error
-    return use(_PyAVReader(name))
+    return use(_PyAVReader(name, part))
 
 
 # --- torchcodec ---
@@ -75,7 +86,9 @@ def _torchcodec_decoder() -> Any:
 
 
 class _TorchCodecReader:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, part: Part | None = None) -> None:
+        if part is not None:
+            raise _NotForTorchCodec("it reads all of a long file to number the frames of a part")
         with open(path, "rb") as file:
             head = file.read(8)
         quicktime = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
@@ -93,7 +106,7 @@ class _TorchCodecReader:
             raise _NotForTorchCodec("it counts the hidden frames of VP8")
         self.length = len(self.decoder)
 
-    def read(self, numbers: list[int]) -> Tensor:
+    def read(self, numbers: list[int], short_side: int | None = None, max_lost: float = 1.0) -> Tensor:
         if max(numbers) >= self.length and (self.decoder.metadata.num_frames_from_header or 0) > self.length:
             raise _NotForTorchCodec("the file seems to be cut off")
         clamped = [min(number, self.length - 1) for number in numbers]
@@ -104,26 +117,60 @@ class _TorchCodecReader:
             raise _NotForTorchCodec(str(error)) from error
         if (batch.pts_seconds.diff() <= 0).any():
             raise _NotForTorchCodec("it gave one frame for several numbers")
-        return batch.data[[wanted.index(number) for number in clamped]].contiguous()
+        frames = batch.data
+        height, width = _reduced(frames.shape[-2], frames.shape[-1], short_side)
+        if height != frames.shape[-2]:
+            from torchvision.transforms.v2 import functional
+
+            frames = functional.resize(frames, [height, width], antialias=True)
+        return _in_order(frames, wanted, clamped)
 
 
 # --- PyAV ---
 
 
 class _PyAVReader:
-    """Frames by number. Every pass opens the file anew: a millisecond, and it works where seeking back doesn't."""
+    """Frames by number, of a file or of its `part` (from, to) in seconds.
 
-    def __init__(self, path: str) -> None:
+    Every pass opens the file anew: a millisecond, and it works where seeking back doesn't.
+    """
+
+    def __init__(self, path: str, part: Part | None = None) -> None:
         self.path = path
+        self.first = 0  # the number of the part's first frame
+        # Where a part's frames can't be numbered by what lies around it, all of the file is.
+        if part is None or not self._number(part):
+            self._number(None)
+        if part is not None:
+            self._cut(part)
+
+    def _number(self, around: Part | None) -> bool:
+        """Number the frames of the file, or those around a part of it, by reading packets. False: not by the latter."""
         packets: list[Any] = []
+        self.seek: int | None = None  # the time stamp to seek before anything is read
         container, stream = self._open()
         # Reading errors come up again in `_frames`, if it gets as far as that.
         with container, suppress(*self._read_errors()):
             promised, is_avi = stream.frames, "avi" in container.format.name.split(",")
-            packets.extend((p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size)
+            self.origin, self.clock, self.rate = stream.start_time or 0, stream.time_base, stream.average_rate
+            if around is not None:
+                from_time, to_time = self._ticks(around)
+                early = from_time - round(1 / self.clock)  # seeking may go by the times of decoding, which are earlier
+                if early > self.origin:
+                    self.seek = early
+                    container.seek(early, stream=stream)
+            beyond = 0
+            for packet in container.demux(stream):
+                if packet.size:
+                    packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
+                    beyond += around is not None and packet.pts is not None and packet.pts >= to_time
+                if beyond > _MAX_REORDER:
+                    break
         shown = [pts for pts, _, discard in packets if not discard]  # an edit list discards frames after their decoding
         if not shown:
-            raise ValueError(f"{path}: undecodable, its video stream contains no frames")
+            if around is not None:
+                return False
+            raise ValueError(f"{self.path}: undecodable, its video stream contains no frames")
         # VP8 stores a hidden frame just before the one shown next, under its time stamp. It doesn't count, but numbers
         # by time stamp are then as unreliable as where the clock jumps and where (AVI) FFmpeg guesses the time stamps.
         self.length = 1 + sum(pts is None or pts != following for pts, following in pairwise(shown))
@@ -134,58 +181,96 @@ class _PyAVReader:
         steady = unambiguous and all(abs(numbers[pts] - place) <= _MAX_REORDER for place, pts in enumerate(shown))
         self.numbers = numbers if steady else None
         self.positions = {pts: position for position, (pts, _, _) in enumerate(packets)}
-        self.keys = [pts for pts, is_key, _ in packets if is_key and pts is not None]
+        self.keys = [(pts, position) for position, (pts, is_key, _) in enumerate(packets) if is_key and pts is not None]
+        return around is None or (steady and any(pts <= from_time for pts, _ in self.keys))
 
-    def read(self, numbers: list[int]) -> Tensor:
-        clamped = [min(number, self.length - 1) for number in numbers]
-        wanted = sorted(set(clamped))
-        key = None
+    def _ticks(self, part: Part) -> tuple[int, int]:
+        """A part in the time stamps of the video stream."""
+        return self.origin + round(part[0] / self.clock), self.origin + round(part[1] / self.clock)
+
+    def _cut(self, part: Part) -> None:
+        """Leave the frames of the part: from the first one at or after its beginning to the last before its end."""
         if self.numbers is not None:
-            first_time = self.times[wanted[0]]
-            key = next((pts for pts in reversed(self.keys) if pts <= first_time), None)
-        found, missing, errors = self._decode(wanted, key, torch.get_num_threads())
+            self.first, end = (bisect_left(self.times, time) for time in self._ticks(part))
+        elif self.rate:
+            self.first, end = (math.ceil(round(seconds * self.rate, 6)) for seconds in part)
+        else:
+            raise ValueError(f"{self.path}: states no frame rate to find the part from {part[0]:g} to {part[1]:g} s by")
+        self.length = self.promised = min(end, self.length) - self.first
+        if self.length <= 0:
+            raise ValueError(f"{self.path}: it has no frames from {part[0]:g} to {part[1]:g} s")
+
+    def read(self, numbers: list[int], short_side: int | None = None, max_lost: float = 1.0) -> Tensor:
+        clamped = [self.first + min(number, self.length - 1) for number in numbers]
+        wanted = sorted(set(clamped))
+        found, missing, errors = self._decode(wanted, self._plan(wanted), torch.get_num_threads(), short_side)
         if missing or errors:
             # Several threads lose good frames around a broken packet, and the seek may be to blame.
-            found, missing, errors = self._decode(wanted, None, 1)
+            found, missing, errors = self._decode(wanted, None, 1, short_side)
         if not found:
             raise ValueError(f"{self.path}: undecodable, none of its frames could be decoded")
         asked = {number for number in numbers if number < self.promised}
-        lost = {number for number in asked if number in missing or number >= self.length}
+        lost = {number for number in asked if self.first + number in missing or number >= self.length}
         # Where frames had to be counted, a packet without a frame is no damage: it may be a place-holder.
         if lost and (errors or self.numbers is not None or self.promised > self.length):
+            problem = f"{len(asked) - len(lost)} of the {len(asked)} frames asked for could be decoded"
+            if len(lost) > max_lost * len(asked):
+                raise ValueError(f"{self.path}: damaged or cut off, {problem}")
             warnings.warn(
-                f"{self.path} is damaged or cut off: {len(asked) - len(lost)} of the {len(asked)} frames asked for "
-                "could be decoded, the others repeat the last decodable frame before them",
+                f"{self.path} is damaged or cut off: {problem}, the others repeat the last decodable frame before them",
                 stacklevel=5,  # the caller of read_frames
             )
         frames = torch.stack([found[number] for number in wanted])  # (distinct, H, W, 3)
-        return frames.permute(0, 3, 1, 2)[[wanted.index(number) for number in clamped]].contiguous()  # (T, 3, H, W)
+        return _in_order(frames.permute(0, 3, 1, 2), wanted, clamped)
+
+    def _plan(self, wanted: list[int]) -> list[tuple[int, int]] | None:
+        """The packets to decode for the ascending frames `wanted`: (first, last) positions in the file, ascending.
+
+        A frame needs what stands from the key frame before it to itself, and nothing behind it. None: all packets.
+        """
+        if self.numbers is None:
+            return None
+        plan: list[tuple[int, int]] = []
+        for number in wanted:
+            time = self.times[number]
+            key = next((position for pts, position in reversed(self.keys) if pts <= time), None)
+            if key is None:
+                return None
+            last = self.positions[time]
+            # A frame shown later may be stored earlier: the last range may begin before or end behind this one.
+            while plan and key <= plan[-1][1] + 1:
+                before = plan.pop()
+                key, last = min(key, before[0]), max(last, before[1])
+            plan.append((key, last))
+        return plan
 
     def _decode(
-        self, wanted: list[int], key: int | None, threads: int
+        self, wanted: list[int], plan: list[tuple[int, int]] | None, threads: int, short_side: int | None
     ) -> tuple[dict[int, Tensor], set[int], list[str]]:
-        """Decode from a key frame's time stamp (None: from the start) to the last of the ascending numbers `wanted`.
+        """Decode the packets of a plan (None: from the start) up to the last of the ascending numbers `wanted`.
 
-        Returns the wanted frames, each (H, W, 3), a missing one replaced; the numbers, wanted or not, that didn't come
-        where they should have; and the errors.
+        Returns the wanted frames, each (H, W, 3), a missing one replaced; the numbers that didn't come where they
+        should have; and the errors.
         """
         found: dict[int, Tensor] = {}
         missing: set[int] = set()
         errors: list[str] = []
-        to_rgb = _ToRGB()
+        to_rgb = _ToRGB(short_side)
         queue = deque(wanted)
         last, last_frame = -1, None
         container, stream = self._open()
         with container:
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
-            for place, frame in enumerate(self._frames(container, stream, key, errors)):
+            whole = plan is None or stream.codec_context.name not in _SKIPS_UNREFERENCED
+            times = None if whole else {self.times[number] for number in wanted}
+            for place, frame in enumerate(self._frames(container, stream, plan, times, errors)):
                 number = place if self.numbers is None else self.numbers.get(frame.pts, -1)
                 if number <= last:
                     missing.add(number)
                     continue
-                missing.update(range(max(last + 1, wanted[0]), number))
                 while queue and queue[0] < number:
+                    missing.add(queue[0])
                     found[queue.popleft()] = to_rgb(frame if last_frame is None else last_frame)
                 if queue and queue[0] == number:
                     found[queue.popleft()] = to_rgb(frame)
@@ -197,20 +282,44 @@ class _PyAVReader:
                 found.update({number: to_rgb(last_frame) for number in queue})
         return found, missing, errors
 
-    def _frames(self, container: Any, stream: Any, key: int | None, errors: list[str]) -> Iterator[Any]:
-        """The frames that decode, in the order in which they are shown, up to where the file ends or breaks off."""
+    def _frames(
+        self, container: Any, stream: Any, plan: list[tuple[int, int]] | None, times: set[int] | None, errors: list[str]
+    ) -> Iterator[Any]:
+        """The frames that decode, in the order in which they are shown, up to where the file ends or breaks off.
+
+        Where `times` are given, the decoder may leave out frames of other times if no other frame refers to them.
+        """
         import av
 
+        context = stream.codec_context
+        ranges = deque(plan or ())
+        begun = plan is None
+        skip = None
         try:
-            if key is not None and self.positions[key] > 0:
-                container.seek(key, stream=stream)
+            if plan is not None and plan[0][0] > 0:
+                container.seek(next(pts for pts, position in self.keys if position == plan[0][0]), stream=stream)
+            elif self.seek is not None:
+                container.seek(self.seek, stream=stream)
             for packet in container.demux(stream):
                 if not packet.size:  # would tell the decoder that nothing follows
                     continue
-                if key is not None and self.positions.get(packet.pts, len(self.positions)) > self.positions[key]:
-                    errors.append("the seek went beyond the key frame")
-                    return
-                key = None
+                if plan is not None:
+                    position = self.positions.get(packet.pts, len(self.positions))
+                    if not begun and position > ranges[0][0]:
+                        errors.append("the seek went beyond the key frame")
+                        return
+                    if position > ranges[0][1]:
+                        ranges.popleft()
+                        if not ranges:
+                            break
+                        yield from stream.decode(None)
+                        context.flush_buffers()
+                    if position < ranges[0][0]:
+                        continue
+                    begun = True
+                if times is not None and skip != (packet.pts not in times):
+                    skip = packet.pts not in times
+                    context.skip_frame = "NONREF" if skip else "DEFAULT"
                 try:
                     frames = stream.decode(packet)
                 except av.FFmpegError as error:
@@ -253,22 +362,23 @@ class _PyAVReader:
 
 
 class _ToRGB:
-    """Converts frames to uint8 (H, W, 3), turned upright and all of the first one's size.
+    """Converts frames to uint8 (H, W, 3), turned upright and all of one size: the first one's, reduced to `short_side`.
 
     One reformatter for all: setting one up, as `frame.to_ndarray(format="rgb24")` does, costs more than the conversion,
-    and so do threads at this size.
+    and so do threads at this size. swscale resizes in the same pass, without aliasing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, short_side: int | None = None) -> None:
         from av.video.reformatter import VideoReformatter
 
         self.reformatter = VideoReformatter()
+        self.short_side = short_side
         self.size: tuple[int, int] | None = None
 
     def __call__(self, frame: Any) -> Tensor:
         import av
 
-        width, height = self.size = self.size or (frame.width, frame.height)
+        height, width = self.size = self.size or _reduced(frame.height, frame.width, self.short_side)
         to_rgb24: dict[str, Any] = {"width": width, "height": height, "format": "rgb24", "threads": 1}
         try:
             rgb = self.reformatter.reformat(frame, **to_rgb24)
@@ -276,4 +386,19 @@ class _ToRGB:
             frame.colorspace = 2  # unspecified; swscale refuses the reserved ones that some files state
             rgb = self.reformatter.reformat(frame, **to_rgb24)
         # frame.rotation is the turn, counterclockwise in degrees, that the display matrix asks for.
-        return torch.rot90(torch.from_numpy(rgb.to_ndarray()), round(frame.rotation / 90) % 4, dims=(0, 1))
+        turns = round(frame.rotation / 90) % 4
+        pixels = torch.from_numpy(rgb.to_ndarray())
+        return torch.rot90(pixels, turns, dims=(0, 1)) if turns else pixels  # rot90 copies even by 0 turns
+
+
+def _reduced(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """The size (height, width) with this short side and the same aspect ratio; never a larger one."""
+    short = min(height, width)
+    if short_side is None or short_side >= short:
+        return height, width
+    return round(height * short_side / short), round(width * short_side / short)
+
+
+def _in_order(frames: Tensor, wanted: list[int], numbers: list[int]) -> Tensor:
+    """Of the frames `wanted` those of `numbers`, copied only where the two differ."""
+    return frames if wanted == numbers else frames[[wanted.index(number) for number in numbers]]

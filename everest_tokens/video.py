@@ -7,9 +7,10 @@ faster and gives the same frames. Neither is imported before a file is opened. F
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,31 +34,65 @@ def video_length(path: str | os.PathLike[str], *, backend: str | None = None) ->
     return with_reader(path, backend, lambda reader: reader.length)
 
 
-def read_frames(path: str | os.PathLike[str], indices: Iterable[int], *, backend: str | None = None) -> Tensor:
+def read_frames(
+    path: str | os.PathLike[str],
+    indices: Iterable[int] | Callable[[int], Iterable[int]],
+    *,
+    short_side: int | None = None,
+    part: tuple[float, float] | None = None,
+    max_lost: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
     """Read frames by number.
 
-    Decoding starts at the key frame before the first wanted frame and stops after the last; only wanted frames become
-    RGB. Where time stamps don't number a file's frames (AVI, raw streams), it is decoded from the start and counted.
-    Rotation metadata are honoured in steps of 90 degrees. FFmpeg decodes with `torch.get_num_threads()` threads, which
-    is 1 in the workers of a DataLoader. The backends agree to the bit, but for the chroma of interlaced video.
+    Decoding starts at the key frame before a wanted frame and stops at it; frames between that nothing refers to are
+    left out where the decoder can; only wanted frames become RGB. Where time stamps don't number a file's frames (AVI,
+    raw streams), it is decoded from the start and counted. Rotation metadata are honoured in steps of 90 degrees.
+    FFmpeg decodes with `torch.get_num_threads()` threads, which is 1 in the workers of a DataLoader. At full size the
+    backends agree to the bit, but for the chroma of interlaced video.
 
     Args:
         path: a local video file.
-        indices: frame numbers from 0, in any order, repeated at will. One beyond the end gives the last frame.
+        indices: frame numbers from 0, in any order, repeated at will. One beyond the end gives the last frame. Or a
+            function from the number of frames to such numbers, which saves a call of `video_length`.
+        short_side: resize frames whose short side is longer to this, keeping the aspect ratio (bilinear, antialiased);
+            smaller frames stay as they are.
+        part: (from, to) in seconds from the start of the video: frames are numbered from the first one at or after
+            `from`, and the last one is before `to`. Only that part of the file is read, where its format allows.
+        max_lost: the share, 0 to 1, of the frames asked for that may fail to decode.
         backend: "pyav", "torchcodec" or None: torchcodec where it works and can be trusted with the file, else PyAV.
 
     Returns:
-        uint8 (T, 3, H, W), RGB, in the order of `indices`. If the video changes its size, all have that of the first.
+        uint8 (T, 3, H, W), RGB, in the order of `indices`; the channels lie next to each other in memory (not
+        contiguous), as decoders give them and torchvision resizes them fastest. If the video changes its size, all have
+        that of the first.
 
     Frames that a damaged or cut-off file promises but that don't decode are replaced by the last decodable one before
     them, with one warning. (Matroska and MPEG-TS promise no number of frames: cut off, they are just shorter.)
 
     Raises:
-        ValueError: indices are empty, negative or not integers; the backend is unknown; the path is missing, a
-            directory, empty (0 bytes), without video (audio only) or undecodable; or torchcodec was asked for and
-            cannot be trusted with this file (a container other than MP4, QuickTime and Matroska, VP8 video, damage).
+        ValueError: indices are empty, negative or not integers; another argument is out of its range; the path is
+            missing, a directory, empty (0 bytes), without video (audio only) or undecodable; `part` has no frames; more
+            than `max_lost` don't decode; or torchcodec was asked for and cannot be trusted with this file (a container
+            other than MP4, QuickTime and Matroska, VP8 video, damage) or with a part of a file.
         ImportError: no backend, or not the one asked for, is installed.
     """
+    if short_side is not None:
+        short_side = _integer("short_side", short_side, least=1)
+    if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1] < math.inf):
+        raise ValueError(f"part must be (from, to) in seconds, 0 <= from < to, got {part!r}")
+    if not 0 <= max_lost <= 1:
+        raise ValueError(f"max_lost must be a share from 0 to 1, got {max_lost!r}")
+    if callable(indices):
+        choose = indices
+        return with_reader(
+            path, backend, lambda reader: reader.read(_numbers(choose(reader.length)), short_side, max_lost), part
+        )
+    numbers = _numbers(indices)
+    return with_reader(path, backend, lambda reader: reader.read(numbers, short_side, max_lost), part)
+
+
+def _numbers(indices: Any) -> list[int]:
     try:
         # Arrays and tensors become Python numbers first: a tensor's elements would let booleans through.
         values = indices.tolist() if hasattr(indices, "tolist") else list(indices)
@@ -66,7 +101,7 @@ def read_frames(path: str | os.PathLike[str], indices: Iterable[int], *, backend
         raise ValueError(f"expected frame indices, got {indices!r}") from error
     if not numbers:
         raise ValueError(f"expected at least one frame index, got {indices!r}")
-    return with_reader(path, backend, lambda reader: reader.read(numbers))
+    return numbers
 
 
 def dense_indices(
@@ -165,9 +200,11 @@ def load_clip(
         size, short_side = _processor_geometry(processor)
         mean, std = processor.image_mean, processor.image_std
     transform = clip_transform(size, mean, std, short_side=short_side)
-    length = video_length(path, backend=backend)
-    indices = dense_indices(length, num_frames, stride, start=start, generator=generator)
-    return transform(read_frames(path, indices, backend=backend)).unsqueeze(0)
+
+    def choose(length: int) -> list[int]:
+        return dense_indices(length, num_frames, stride, start=start, generator=generator)
+
+    return transform(read_frames(path, choose, backend=backend)).unsqueeze(0).contiguous()
 
 
 def _processor_geometry(processor: Any) -> tuple[tuple[int, int], int | None]:

@@ -197,7 +197,6 @@ def test_every_frame_is_the_one_asked_for(made, name):
     assert video_length(path, backend="pyav") == len(carried)
     frames = read_frames(path, range(len(carried)), backend="pyav")
     assert frames.dtype == torch.uint8
-    assert frames.is_contiguous()
     assert numbers_in(frames) == carried
     assert torch.equal(frames, full_decode(path))
 
@@ -240,6 +239,48 @@ def test_decodes_no_more_than_needed(made, name, at_most, monkeypatch):
     # 49 and 52 belong to the group that starts at 48; an AVI is counted from the start.
     assert numbers_in(read_frames(made(name), [52, 49], backend="pyav")) == [52, 49]
     assert len(decoded) <= at_most
+
+
+STEADY = [name for name in KINDS if name.endswith((".mp4", ".mkv")) and name != "hidden-frames.mkv"]
+
+
+@pytest.mark.parametrize("name", STEADY)
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_is_left_out_changes_no_pixel(made, name, data):
+    """Groups of pictures without wanted frames are jumped over, frames nobody refers to are skipped, in one pass."""
+    path, carried = made(name), KINDS[name][1]
+    indices = data.draw(st.lists(st.integers(0, len(carried) - 1), min_size=1, max_size=6))
+    decode, passes = decoding._PyAVReader._decode, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding._PyAVReader, "_decode", lambda *args: passes.append(args) or decode(*args))
+        frames = read_frames(path, indices, backend="pyav")
+    assert len(passes) == 1
+    assert torch.equal(frames, full_decode(path)[indices])
+
+
+@pytest.mark.skipif(not HAS_X264, reason="needs to know how the encoder orders the frames")
+def test_jumps_and_skips(tmp_path, monkeypatch):
+    """Stored as 0 3 1 2 6 4 5 9 7 8 11 10 | 12 …: nobody refers to 1, 2, 4, …"""
+    params = "bframes=2:b-adapt=0:b-pyramid=none:scenecut=0:keyint=12:min-keyint=12:open-gop=0"
+    path = write_video(tmp_path / "ibbp.mp4", x264=params)
+    decoded = []
+    frames = decoding._PyAVReader._frames
+
+    def counting(self, *arguments):
+        for frame in frames(self, *arguments):
+            decoded.append(self.numbers[frame.pts])
+            yield frame
+
+    monkeypatch.setattr(decoding._PyAVReader, "_frames", counting)
+    for indices, needed in (
+        ([9, 6], [0, 3, 6, 9]),
+        ([4, 50], [0, 3, 4, 6, 48, 50]),  # 4 refers to 6, and 51 comes after 50
+        ([13, 12], [12, 13]),
+    ):
+        decoded.clear()
+        assert numbers_in(read_frames(path, indices, backend="pyav")) == indices
+        assert decoded == needed
 
 
 class FarSeeker:
@@ -287,6 +328,135 @@ def test_rotation_is_honoured(made, tmp_path, rotation):
     turned = read_frames(path, [0, 37], backend="pyav")
     assert turned.shape == ((2, 3, 64, 96) if rotation == 180 else (2, 3, 96, 64))
     assert torch.equal(turned, torch.rot90(upright, rotation // 90, dims=(2, 3)))
+
+
+def test_indices_chosen_from_the_length(made):
+    lengths = []
+    frames = read_frames(made("b-frames.mp4"), lambda length: lengths.append(length) or [length - 1, 3])
+    assert lengths == [LENGTH]
+    assert numbers_in(frames) == [59, 3]
+    with pytest.raises(ValueError, match="a frame index must be an integer of at least 0, got -1"):
+        read_frames(made("b-frames.mp4"), lambda length: [-1])
+
+
+# --- reduced size ---
+
+
+@pytest.mark.parametrize(
+    ("name", "short_side", "shape"),
+    [
+        ("b-frames.mp4", 32, (32, 48)),
+        ("b-frames.mp4", 64, (64, 96)),
+        ("b-frames.mp4", 200, (64, 96)),  # never larger than it is
+        ("odd-size.mp4", 31, (31, 46)),  # 65 × 97
+        ("mpeg4.avi", 33, (33, 50)),  # 49.5
+    ],
+)
+def test_reduced_size(made, name, short_side, shape):
+    frames = read_frames(made(name), [44, 7], short_side=short_side, backend="pyav")
+    assert frames.shape == (2, 3, *shape)
+    assert frames.dtype == torch.uint8
+    assert numbers_in(frames) == [44, 7]
+    resize = clip_transform(shape, (0, 0, 0), (1, 1, 1))  # rounds the other side differently: by less than a pixel
+    expected = resize(read_frames(made(name), [44, 7], backend="pyav")) * 255
+    # Colours are stored at half the size: only grey tells how exact the resizing is.
+    assert (frames[:, :, : shape[0] // 2 - 2].float() - expected[:, :, : shape[0] // 2 - 2]).abs().mean() < 3
+
+
+def test_reducing_averages_instead_of_dropping_pixels(tmp_path):
+    """Stripes one pixel wide become an even grey."""
+    stripes = np.where(np.arange(96) % 2, 235, 16).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
+    frame = av.VideoFrame.from_ndarray(stripes, "rgb24").reformat(format="yuv444p")
+    reduced = decoding._ToRGB(16)(frame)
+    assert reduced.shape == (16, 24, 3)
+    assert reduced[:, 3:-3].float().std() < 6
+    assert reduced.float().mean() == pytest.approx(125, abs=4)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_reduced_size_of_a_turned_video(made, tmp_path, rotation):
+    path = turn(made("b-frames.mp4"), tmp_path / "turned.mp4", rotation)
+    upright = read_frames(made("b-frames.mp4"), [0, 37], short_side=32, backend="pyav")
+    turned = read_frames(path, [0, 37], short_side=32, backend="pyav")
+    assert turned.shape == ((2, 3, 32, 48) if rotation == 180 else (2, 3, 48, 32))
+    assert torch.equal(turned, torch.rot90(upright, rotation // 90, dims=(2, 3)))
+
+
+# --- parts ---
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name[:4] not in ("unev", "one-", "same", "time")])
+def test_parts(made, name):
+    """At 25 frames a second, frames 20 … 34 are shown from 0.8 s to before 1.4 s."""
+    carried = KINDS[name][1]
+    lengths = []
+
+    def choose(length: int) -> list[int]:
+        lengths.append(length)
+        return [14, 0, 3, 99]
+
+    frames = read_frames(made(name), choose, part=(0.8, 1.4), backend="pyav")
+    assert lengths == [15]
+    assert numbers_in(frames) == [carried[number] for number in (34, 20, 23, 34)]
+    assert numbers_in(read_frames(made(name), [0, 400], part=(0, 0.12), backend="pyav")) == [carried[0], carried[2]]
+    last = read_frames(made(name), [0, 1, 9], part=(len(carried) / 25 - 0.08, 1e6), backend="pyav")
+    assert numbers_in(last) == [carried[-2], carried[-1], carried[-1]]
+    with pytest.raises(ValueError, match=r"has no frames from 7 to 9\.5 s"):
+        read_frames(made(name), [0], part=(7, 9.5), backend="pyav")
+
+
+@pytest.mark.parametrize("name", ["uneven.mp4", "uneven.mkv"])
+def test_parts_go_by_time_stamps(made, name):
+    times = np.array(uneven_times()) / 1000
+    times -= times[0]
+    inside = ((times >= 2) & (times < 3.5)).nonzero()[0].tolist()
+    assert numbers_in(read_frames(made(name), range(len(inside)), part=(2, 3.5), backend="pyav")) == inside
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_of_a_long_video_only_the_part_is_read(tmp_path, suffix, monkeypatch):
+    path = write_video(tmp_path / f"long.{suffix}", length=1000)  # 40 s
+    read = []
+    opened = decoding._PyAVReader._open
+
+    def counting(self):
+        container, stream = opened(self)
+        demux = container.demux
+
+        class Counting(FarSeeker):
+            def seek(self, pts: int, stream: av.VideoStream) -> None:
+                self.container.seek(pts, stream=stream)
+
+            def demux(self, stream: av.VideoStream):
+                for packet in demux(stream):
+                    read.append(packet.pts)
+                    yield packet
+
+        return Counting(container, 0), stream
+
+    monkeypatch.setattr(decoding._PyAVReader, "_open", counting)
+    frames = read_frames(path, [0, 24, 49], part=(20, 22), backend="pyav")
+    assert numbers_in(frames) == [number % 256 for number in (500, 524, 549)]
+    assert len(read) < 300
+
+
+def test_a_seek_beyond_the_part_is_mended(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "far.mp4", length=200)
+    opened = decoding._PyAVReader._open
+
+    def open_far(self):
+        container, stream = opened(self)
+        return FarSeeker(container, 50), stream
+
+    monkeypatch.setattr(decoding._PyAVReader, "_open", open_far)
+    assert numbers_in(read_frames(path, [0, 9, 24], part=(4, 5), backend="pyav")) == [100, 109, 124]
+
+
+def test_a_damaged_part(made, tmp_path):
+    path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", slice(24, 36))
+    with pytest.warns(UserWarning, match="3 of the 5 frames"):
+        frames = read_frames(path, [0, 3, 5, 15, 20], part=(0.8, 2))  # 20, 23, 25, 35, 40
+    assert numbers_in(frames) == [20, 23, 23, 23, 40]
 
 
 def test_reserved_colour_space_is_read_as_unspecified(made):
@@ -374,6 +544,15 @@ def test_damage_everywhere_is_undecodable(made, tmp_path):
     path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", slice(None))
     with pytest.raises(ValueError, match=r"damaged\.mp4: undecodable, none of its frames"):
         read_frames(path, [0])
+
+
+def test_how_much_may_be_lost(made, tmp_path):
+    path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", slice(24, 36))
+    with pytest.warns(UserWarning, match="2 of the 4 frames"):
+        read_frames(path, [5, 30, 25, 40], max_lost=0.5)
+    with pytest.raises(ValueError, match=r"damaged\.mp4: damaged or cut off, 2 of the 4 frames asked for"):
+        read_frames(path, [5, 30, 25, 40], max_lost=0.49)
+    assert numbers_in(read_frames(path, [5, 40], max_lost=0)) == [5, 40]
 
 
 def write_audio(path: Path) -> None:
@@ -500,6 +679,18 @@ def test_torchcodec_where_it_loads(made, monkeypatch):
     assert numbers_in(read_frames(path, [5, 2, 5], backend="pyav")) == [5, 2, 5]
 
 
+def test_torchcodec_reduced_and_in_parts(made, monkeypatch):
+    monkeypatch.setattr(decoding, "_torchcodec_decoder", lambda: FakeDecoder)
+    path = made("b-frames.mp4")
+    frames = read_frames(path, [5, 2, 5], short_side=32)
+    assert frames.shape == (3, 3, 32, 48)
+    assert numbers_in(frames) == [105, 102, 105]
+    assert read_frames(path, [5], short_side=65).shape == (1, 3, 64, 96)
+    assert numbers_in(read_frames(path, [5], part=(0.4, 2))) == [15]  # PyAV's
+    with pytest.raises(ValueError, match=r"not for torchcodec .*part"):
+        read_frames(path, [5], part=(0.4, 2), backend="torchcodec")
+
+
 @pytest.mark.parametrize(
     ("name", "change", "indices", "problem"),
     [
@@ -539,7 +730,6 @@ def test_backends_agree(made, name):
     assert video_length(path, backend="torchcodec") == length
     frames = read_frames(path, indices, backend="torchcodec")
     assert torch.equal(frames, read_frames(path, indices, backend="pyav"))
-    assert frames.is_contiguous()
 
 
 @pytest.mark.usefixtures("real_torchcodec")
@@ -554,6 +744,23 @@ def test_torchcodec_names_a_file_without_video(tmp_path):
     write_audio(tmp_path / "sound.mkv")
     with pytest.raises(ValueError, match=r"sound\.mkv.*audio only"):
         read_frames(tmp_path / "sound.mkv", [0], backend="torchcodec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"short_side": 0}, "short_side .* got 0"),
+        ({"short_side": 1.5}, "short_side .* got 1.5"),
+        ({"part": (2, 1)}, r"part must be .* got \(2, 1\)"),
+        ({"part": (-1, 1)}, r"part must be .* got \(-1, 1\)"),
+        ({"part": (0, float("inf"))}, "part must be .* inf"),
+        ({"part": (float("nan"), 1)}, r"part must be .* got \(nan, 1\)"),
+        ({"max_lost": 1.1}, "max_lost .* got 1.1"),
+    ],
+)
+def test_read_frames_errors(made, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read_frames(made("b-frames.mp4"), [0], **arguments)
 
 
 # --- choosing frames ---

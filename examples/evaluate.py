@@ -1,0 +1,150 @@
+"""Test a fine-tuned VideoMAE on several views of each video: temporal clips × crops, the mean of their softmax.
+
+    python examples/evaluate.py examples/recipes/ucf101.yaml --model fine-tuned --test_list lists/test.csv \\
+        --data_root videos --predictions predictions.jsonl
+
+One process or several (torchrun, accelerate launch). A video that can't be read counts as wrong and is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from augmentation import BatchAugmentation
+from clips import Sampling, TestViews, collate
+from recipe import SettingsParser, frames_of, read_section
+from run import tell
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import VideoMAEForVideoClassification
+from video_list import Entry, read_list
+
+import everest_tokens as et
+
+logger = logging.getLogger(__name__)
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TestRecipe:
+    """Settings of a test; clips, crops and stride are the recipe's (Table 8)."""
+
+    model: str = _setting("", "folder that finetune.py wrote, or a hub id")
+    test_list: str = _setting("", "list of videos, one a line: path label [start end]")
+    data_root: str | None = _setting(None, "folder that the list's paths are relative to; its own if not given")
+    clips: int = _setting(5, "temporal clips of a video")
+    crops: int = _setting(3, "spatial crops of a clip, 1 or 3")
+    stride: int = _setting(4, "frames from one sampled frame to the next; 0: one from each of equal segments")
+    keep_ratio: float | None = _setting(None, "share of the tokens that is kept; the model's own if not given")
+    views_at_once: int = _setting(16, "views in a forward")
+    dataloader_num_workers: int = _setting(4, "decoding processes")
+    predictions: str = _setting("predictions.jsonl", "where a line for each video goes")
+
+
+@dataclass
+class Scores:
+    """Accuracies over a list, in percent; videos that could not be read count as wrong."""
+
+    videos: int
+    top1: float
+    top5: float
+    missing: int
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status. Wrong settings end in one line on standard error and status 2."""
+    return tell(run, sys.argv[1:] if arguments is None else arguments)
+
+
+def run(arguments: list[str]) -> None:
+    recipe = parse(arguments)
+    accelerator = Accelerator()
+    model = VideoMAEForVideoClassification.from_pretrained(recipe.model)
+    entries = read_list(recipe.test_list, recipe.data_root, labelled=True, num_labels=model.config.num_labels)
+    et.patch_videomae(model, None if recipe.keep_ratio is None else et.ReRoSelector(recipe.keep_ratio))
+    views = TestViews(
+        entries, Sampling(frames_of(model), recipe.stride or None), recipe.clips, recipe.crops, model.config.image_size
+    )
+    loader = DataLoader(
+        views, batch_size=1, num_workers=recipe.dataloader_num_workers, collate_fn=collate, shuffle=False
+    )
+    model, loader = accelerator.prepare(model.eval(), loader)
+    lines: dict[int, dict[str, Any]] = {}
+    for batch in tqdm(loader, desc="testing", unit="video", disable=not accelerator.is_local_main_process):
+        for position, index in enumerate(batch["index"].tolist()):
+            problem = batch["problem"][position]
+            mean = None
+            if not problem:
+                mean = mean_softmax(model, batch["pixel_values"][position], recipe.views_at_once)
+            lines[index] = line_for(entries[index], mean, problem)
+    if accelerator.num_processes > 1:
+        gathered: list[Any] = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(gathered, lines)
+        lines = {index: line for part in gathered for index, line in part.items()}  # padded: once each
+    if accelerator.is_main_process:
+        ordered = [lines[index] for index in sorted(lines)]
+        Path(recipe.predictions).write_text("".join(json.dumps(line) + "\n" for line in ordered))
+        scores = score(ordered)
+        print(f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} % of {scores.videos} videos", end="")
+        print(f", {scores.missing} of them unreadable and counted as wrong" if scores.missing else "")
+        Path(recipe.predictions).with_suffix(".summary.json").write_text(json.dumps(asdict(scores)) + "\n")
+
+
+def parse(arguments: list[str]) -> TestRecipe:
+    """`[RECIPE.yaml] [--setting value …]`: the recipe's section "testing", the command line wins."""
+    parser = SettingsParser([TestRecipe], description="Test a fine-tuned VideoMAE on several views of each video.")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="settings, see examples/recipes/")
+    values = read_section(parser, "testing", arguments)
+    recipe = TestRecipe(**{item.name: values[item.name] for item in fields(TestRecipe)})
+    for name in ("model", "test_list"):
+        if not getattr(recipe, name):
+            raise ValueError(f"{name} is not set (see --help)")
+    for name, least in {"clips": 1, "views_at_once": 1, "stride": 0, "dataloader_num_workers": 0}.items():
+        if getattr(recipe, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
+    if recipe.crops not in (1, 3):
+        raise ValueError(f"crops must be 1 or 3, got {recipe.crops}")
+    return recipe
+
+
+@torch.inference_mode()
+def mean_softmax(model: Any, views: Tensor, at_once: int) -> Tensor:
+    """uint8 views (V, T, C, H, W) of one video → the mean of their class probabilities, (classes,) on the CPU."""
+    normalise = BatchAugmentation()
+    parts = []
+    for part in views.split(at_once):
+        clips, _ = normalise(part, None, False)
+        parts.append(model(pixel_values=clips).logits.float().softmax(dim=1))
+    return torch.cat(parts).mean(dim=0).cpu()
+
+
+def line_for(entry: Entry, mean: Tensor | None, problem: str) -> dict[str, Any]:
+    """What is written of one video."""
+    line: dict[str, Any] = {"video": str(entry.path), "label": entry.label}
+    if mean is None:
+        return {**line, "problem": problem}
+    best = mean.topk(min(5, len(mean)))
+    return {**line, "top5": best.indices.tolist(), "probabilities": [round(value, 6) for value in best.values.tolist()]}
+
+
+def score(lines: list[dict[str, Any]]) -> Scores:
+    """Top-1 and top-5 over all videos of the list, the unreadable ones included."""
+    top1 = sum(line["label"] == line["top5"][0] for line in lines if "top5" in line)
+    top5 = sum(line["label"] in line["top5"] for line in lines if "top5" in line)
+    missing = sum("problem" in line for line in lines)
+    return Scores(len(lines), 100 * top1 / len(lines), 100 * top5 / len(lines), missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Pre-train a VideoMAE with EVEREST on a list of videos.
+
+    python examples/pretrain.py examples/recipes/ucf101.yaml --train_list lists/train.csv --data_root videos \\
+        --output_dir run
+
+One process or several (torchrun, accelerate launch). Killed, the same command goes on from its last complete
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from augmentation import BatchAugmentation, TrainingGeometry
+from clips import Sampling, TrainingClips, collate
+from recipe import PretrainingRecipe, check_fit, config_of, frames_of, parse, selection_of, set_warmup
+from run import TRAINING_DEFAULTS, finish, resume_point, tell
+from trainer import VideoTrainer
+from transformers import VideoMAEForPreTraining, set_seed
+from video_list import read_list
+
+import everest_tokens as et
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status. Wrong settings end in one line on standard error and status 2."""
+    return tell(run, sys.argv[1:] if arguments is None else arguments)
+
+
+def run(arguments: list[str]) -> None:
+    recipe, training = parse(PretrainingRecipe, "pretraining", arguments, TRAINING_DEFAULTS)
+    entries = read_list(recipe.train_list, recipe.data_root, labelled=False)
+    set_warmup(training, recipe, len(entries))
+    set_seed(training.seed)
+    model = build_model(recipe)
+    et.patch_videomae(model, mask_ratio=recipe.mask_ratio, **selection_of(recipe))
+    trainer = VideoTrainer(
+        model,
+        training,
+        data_collator=collate,
+        train_dataset=TrainingClips(
+            entries,
+            Sampling(frames_of(model), recipe.stride or None),
+            TrainingGeometry(model.config.image_size, flip=recipe.flip),
+            repeats=recipe.repeats,
+            seed=training.seed,
+        ),
+        augmentation=BatchAugmentation(),
+        max_bad_fraction=recipe.max_bad_fraction,
+    )
+    trainer.train(resume_from_checkpoint=resume_point(training))
+    finish(trainer, len(entries))
+
+
+def build_model(recipe: PretrainingRecipe) -> VideoMAEForPreTraining:
+    """A new model, or the one to go on from. Raises ValueError for one that doesn't fit the recipe."""
+    if recipe.model is None:
+        return VideoMAEForPreTraining(config_of(recipe, decoder_num_hidden_layers=recipe.decoder_depth))
+    if Path(recipe.model).is_file():
+        model = et.load_videomae(
+            recipe.model, for_pretraining=True, num_frames=recipe.num_frames, image_size=recipe.size
+        )
+        if not isinstance(model, VideoMAEForPreTraining):
+            raise ValueError(f"model: {recipe.model} has no pixel decoder to pre-train with")
+        return model
+    model = VideoMAEForPreTraining.from_pretrained(recipe.model)
+    check_fit(model, recipe)
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())
