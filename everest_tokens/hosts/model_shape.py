@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,7 +36,16 @@ def linear_macs(*modules: nn.Module) -> int:
 
 
 def projection_macs(projection: nn.Module) -> int:
-    """Multiply–accumulates of a patch or tubelet embedding for one of its tokens, adapters included."""
+    """Multiply–accumulates of a patch or tubelet embedding for one of its tokens, adapters included.
+
+    A Sequential of convolutions is counted by the places that each of them has: more, the earlier it comes (Table 15).
+    """
+    if isinstance(projection, nn.Sequential):
+        total, places = 0, 1
+        for layer in reversed(projection):
+            total += places * projection_macs(layer)
+            places *= math.prod(getattr(layer, "stride", (1,)))
+        return total
     layers = (layer for name, layer in projection.named_modules() if _runs(name))
     return sum(layer.weight.numel() for layer in layers if isinstance(layer, (nn.Conv2d, nn.Conv3d)))
 

@@ -65,7 +65,7 @@ class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self._positions.to(self.patch_embeddings.projection.weight.device)
+        self._positions.to(next(self.patch_embeddings.parameters()).device)
         return self
 
 
