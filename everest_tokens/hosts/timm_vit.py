@@ -18,12 +18,13 @@ from everest_tokens.hosts.constant_table import ConstantTable
 from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
+from everest_tokens.hosts.selecting_model import SelectingModel, select_by
 from everest_tokens.hosts.stochastic_depth import (
     check_stochastic_depth,
     restore_stochastic_depth,
     set_stochastic_depth,
 )
-from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, checked_selection, visible_tokens
+from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, visible_tokens
 from everest_tokens.positions import sincos_table
 from everest_tokens.selection import SelectionPolicy, TokenSelection
 from everest_tokens.selectors import Grid
@@ -95,28 +96,11 @@ class TubeletEmbedding(Patched):
         return size, size.grid(self.num_frames, height, width)
 
 
-class VideoTransformer(Patched):
+class VideoTransformer(SelectingModel):
     """A timm image model over the kept tokens of a clip."""
 
     patch_embed: TubeletEmbedding
-    _given: TokenSelection | None
     _steps: ConstantTable | None  # (τ, D) float32, the temporal embedding at root mean square 1
-
-    def forward(self, x: Tensor, *args: Any, token_selection: TokenSelection | None = None, **kwargs: Any) -> Any:
-        """timm's forward over (B, C, T, H, W); `token_selection` runs instead of selecting."""
-        self._given = checked_selection(token_selection)
-        try:
-            return super().forward(x, *args, **kwargs)
-        finally:
-            self._given = None
-
-    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's, (B, prefix + V, D)."""
-        self.patch_embed.request = SelectionRequest(self._given)
-        try:
-            return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.patch_embed.request = None
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's with `output_fmt="NLC"`: (B, V, D) from each block. Raises ValueError for "NCHW"."""
@@ -331,14 +315,7 @@ def detach(model: Any, again: PatchOptions | None) -> None:
 
 def select(model: Any, clips: Tensor, generator: torch.Generator | None) -> TokenSelection:
     """Select without running the encoder."""
-    embedding = model.patch_embed
-    embedding.request = request = SelectionRequest(generator=generator, with_importance=True)
-    try:
-        embedding(clips)
-    finally:
-        embedding.request = None
-    assert request.selection is not None
-    return request.selection
+    return select_by(model.patch_embed, clips, generator)
 
 
 def _inflated(kernel: Tensor, frames: int) -> Tensor:

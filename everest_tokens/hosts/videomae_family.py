@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
+from everest_tokens.hosts.selecting_model import SelectingModel, select_by
 from everest_tokens.hosts.stochastic_depth import (
     check_stochastic_depth,
     restore_stochastic_depth,
@@ -65,28 +66,11 @@ class TubeletEmbedding(Patched):
         )
 
 
-class FineTuning(Patched):
+class FineTuning(SelectingModel):
     """A classifier of which only the informative tokens reach the blocks."""
 
     patch_embed: TubeletEmbedding
-    _given: TokenSelection | None
     _table: Tensor | None  # the model's own `pos_embed` where that is a plain tensor
-
-    def forward(self, x: Tensor, *args: Any, token_selection: TokenSelection | None = None, **kwargs: Any) -> Any:
-        """The model's own forward; `token_selection` runs instead of selecting."""
-        self._given = checked_selection(token_selection)
-        try:
-            return super().forward(x, *args, **kwargs)
-        finally:
-            self._given = None
-
-    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, over the visible tokens."""
-        self.patch_embed.request = SelectionRequest(self._given)
-        try:
-            return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.patch_embed.request = None
 
     @property
     def pos_embed(self) -> Tensor | None:
@@ -305,14 +289,7 @@ def detach(model: Any, again: PatchOptions | None) -> None:
 
 def select(model: Any, clips: Tensor, generator: torch.Generator | None) -> TokenSelection:
     """Select without running the encoder."""
-    embedding = _encoder(model).patch_embed
-    embedding.request = request = SelectionRequest(generator=generator, with_importance=True)
-    try:
-        embedding(clips)
-    finally:
-        embedding.request = None
-    assert request.selection is not None
-    return request.selection
+    return select_by(_encoder(model).patch_embed, clips, generator)
 
 
 def _encoder(model: Any) -> Any:
