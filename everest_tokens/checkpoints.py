@@ -5,22 +5,19 @@ Two steps: `describe_checkpoint` reads a file and says what it is, `load_videoma
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
-import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
+from everest_tokens.checkpoint_files import BESIDE, OTHER_TARGETS, Weights, matches, read_weights
 from everest_tokens.hosts import checkpoint_numbers
 from everest_tokens.positions import mvd_table, resample_table, sinusoid_table
 from everest_tokens.selectors import Grid
@@ -35,20 +32,9 @@ class _Default(int):
 
 
 _NUM_FRAMES, _IMAGE_SIZE = _Default(16), _Default(224)
-_CONTAINERS = ("model", "module", "model_state", "state_dict")
-_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and hub classes
-_PREFIXES = ("encoder_q.encoder.model.", "encoder.model.", "encoder.", "backbone.", "")
 _HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # no tensor shows them
 _DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
 _SIZES = {384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g"}
-# Parts that predict other things than pixels, by the beginning of their keys.
-_OTHER_TARGETS = {
-    "MME's decoders": (r"decoder\.\d+\.", r"encoder_to_decoder\.\d+\.", r"mask_token$"),
-    "MVD's decoders": (r"(decoder|down|mask_token|pos_embed)_(img|vid)(\.|$)",),
-    "the momentum branch": (r"encoder_k\.", r"encoder_q\.", r"queue"),
-}
-_PIXEL_DECODER = r"decoder\.|encoder_to_decoder\.|mask_token$"
-_BESIDE = (_PIXEL_DECODER, *(key for keys in _OTHER_TARGETS.values() for key in keys))
 _MODULES = {  # of the file → of transformers; the attention's input projection is split below
     "patch_embed.proj": "videomae.embeddings.patch_embeddings.projection",
     "norm": "videomae.layernorm",
@@ -111,15 +97,6 @@ class CheckpointInfo:
         return VideoMAEForVideoClassification if self.decoder is None else VideoMAEForPreTraining
 
 
-@dataclass
-class _Weights:
-    """The tensors of a file, by their names in the repositories' fine-tuning model."""
-
-    encoder: dict[str, Tensor]
-    others: dict[str, Tensor]  # decoders and the like, by their whole names
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
 def load_videomae(
     path: str | Path,
     *,
@@ -153,7 +130,7 @@ def load_videomae(
         FileNotFoundError: no such file.
         ValueError: not a checkpoint of the family, keys or shapes that don't fit, or a pickle that wants more.
     """
-    weights = _read(Path(path))
+    weights = read_weights(Path(path))
     info = _described(weights, family, num_labels, for_pretraining, num_heads, num_frames, image_size)
     for line in info.assumed:
         logger.info("%s: %s", path, line)
@@ -177,91 +154,11 @@ def describe_checkpoint(
     image_size: int = _IMAGE_SIZE,
 ) -> CheckpointInfo:
     """What `load_videomae` would make of a file. Arguments and errors as there."""
-    return _described(_read(Path(path)), family, num_labels, for_pretraining, num_heads, num_frames, image_size)
-
-
-def _read(path: Path) -> _Weights:
-    """The file's tensors and arguments. Raises FileNotFoundError, and ValueError for anything but a checkpoint."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    content: Any
-    if path.suffix == ".safetensors":
-        try:
-            content = load_file(path)
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is no readable safetensors file: {_one_line(error)}") from error
-    else:
-        content = _unpickled(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict or a dict around one")
-    state = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), content)
-    arguments = content.get("args") if state is not content else None
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    weights = _sorted_out(path, state)
-    weights.arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
-    return weights
-
-
-def _unpickled(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None:
-            raise ValueError(f"{path} is no checkpoint that can be read without running what is in it") from error
-        raise ValueError(
-            f"{path} wants to run {wanted[1]} while it is loaded, which was refused. If you trust where the file comes"
-            " from, load it there, in the repository that wrote it, and save its tensors alone:"
-            " torch.save({'model': checkpoint['model']}, 'weights.pth')"
-        ) from error
-    except Exception as error:  # damaged bytes fail in as many ways as there are readers; none gives a model
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {_one_line(error)})") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _sorted_out(path: Path, state: Mapping[Any, Any]) -> _Weights:
-    """Strip wrappers and prefixes, and tell the encoder from what lies beside it."""
-    tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not key.isprintable() or not isinstance(value, Tensor):
-            raise ValueError(f"{path}: expected tensors by name, got {key!r}: {type(value).__name__}")
-        name = key
-        while name.startswith(_WRAPPERS):
-            name = name.split(".", 1)[1]
-        if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
-            raise ValueError(f"{path}: expected floating-point weights, got {value.dtype}, {value.layout} for {key}")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {key} claims a shape {tuple(value.shape)} that its data doesn't fill")
-        if name in tensors:
-            raise ValueError(f"{path} has {name} twice, under different prefixes")
-        tensors[name] = value
-    embedding = "patch_embed.proj.weight"
-    prefix = next((prefix for prefix in _PREFIXES if prefix + embedding in tensors), None)
-    if prefix is None:
-        some = ", ".join(map(repr, list(tensors)[:5])) or "nothing"
-        raise ValueError(f"{path} is no checkpoint of the VideoMAE family: no {embedding} in it, but {some}")
-    weights = _Weights({}, {})
-    for name, tensor in tensors.items():
-        if name.startswith(prefix) and not (prefix == "" and _among(_BESIDE, name)):
-            weights.encoder[name.removeprefix(prefix)] = tensor
-        elif name in ("head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"):
-            if f"{prefix}{name}" in tensors:
-                raise ValueError(f"{path} has both {name} and {prefix}{name}")
-            weights.encoder[name] = tensor
-        else:
-            weights.others[name] = tensor
-    for part in ("weight", "bias"):  # MME calls its classifier so in some files
-        if f"fc.{part}" in weights.encoder and f"head.{part}" not in weights.encoder:
-            weights.encoder[f"head.{part}"] = weights.encoder.pop(f"fc.{part}")
-    return weights
+    return _described(read_weights(Path(path)), family, num_labels, for_pretraining, num_heads, num_frames, image_size)
 
 
 def _described(
-    weights: _Weights,
+    weights: Weights,
     family: str | None,
     num_labels: int | None,
     for_pretraining: bool,
@@ -288,7 +185,7 @@ def _described(
         assumed.append("the patch embedding is a 2D kernel: spread over tubelets of 2 frames")
 
     decoder = None
-    bridge, decodes = others.get("encoder_to_decoder.weight"), any(_among((r"decoder\.\D",), key) for key in others)
+    bridge, decodes = others.get("encoder_to_decoder.weight"), any(matches((r"decoder\.\D",), key) for key in others)
     if for_pretraining and decodes:
         if bridge is None or not bridge.ndim:
             got = "none" if bridge is None else str(tuple(bridge.shape))
@@ -373,13 +270,13 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _family_of(weights: _Weights, family: str | None) -> tuple[str, list[str]]:
+def _family_of(weights: Weights, family: str | None) -> tuple[str, list[str]]:
     """The family, and what was assumed about it."""
     others, name = weights.others, weights.arguments.get("model")
     by_keys = None
-    if any(re.match(_OTHER_TARGETS["MVD's decoders"][0], key) for key in others) or "cls_token" in weights.encoder:
+    if any(re.match(OTHER_TARGETS["MVD's decoders"][0], key) for key in others) or "cls_token" in weights.encoder:
         by_keys = "mvd"
-    elif any(re.match(_OTHER_TARGETS["MME's decoders"][0], key) for key in others):
+    elif any(re.match(OTHER_TARGETS["MME's decoders"][0], key) for key in others):
         by_keys = "mme"
     if by_keys is not None and family not in (None, by_keys):
         raise ValueError(f"family={family!r} was given, but the file's keys are those of {by_keys}")
@@ -408,7 +305,7 @@ def _stack_of(tensors: Mapping[str, Tensor], prefix: str, width: int) -> tuple[i
     return len(numbers), min(hidden, default=4 * width)
 
 
-def _check_keys(weights: _Weights, info: CheckpointInfo) -> None:
+def _check_keys(weights: Weights, info: CheckpointInfo) -> None:
     """Raise ValueError that lists every key of the file that is missing, unexpected or of a wrong shape."""
     encoder, width = weights.encoder, info.width
     norms = {"norm"} if info.decoder is not None or not info.mean_pooling else set()
@@ -426,7 +323,7 @@ def _check_keys(weights: _Weights, info: CheckpointInfo) -> None:
     if info.class_token and info.decoder is None:
         expected["cls_token"] = (1, 1, width)
     beside: dict[str, tuple[int, ...]] = {}
-    others = {key: tensor for key, tensor in weights.others.items() if not _among(_BESIDE, key)}
+    others = {key: tensor for key, tensor in weights.others.items() if not matches(BESIDE, key)}
     if info.decoder is not None:
         others, (own, depth, _, hidden) = weights.others, info.decoder
         pixels = info.channels * info.tubelet_size * info.patch_size**2
@@ -492,20 +389,16 @@ def _known_heads(width: int, heads: int | None, which: str) -> int:
     return heads
 
 
-def _ignored_parts(weights: _Weights, keeps_decoder: bool, mean_pooling: bool | None) -> tuple[str, ...]:
-    parts = [name for name, keys in _OTHER_TARGETS.items() if any(_among(keys[:1], key) for key in weights.others)]
-    if not keeps_decoder and any(_among((r"decoder\.\D",), key) for key in weights.others):
+def _ignored_parts(weights: Weights, keeps_decoder: bool, mean_pooling: bool | None) -> tuple[str, ...]:
+    parts = [name for name, keys in OTHER_TARGETS.items() if any(matches(keys[:1], key) for key in weights.others)]
+    if not keeps_decoder and any(matches((r"decoder\.\D",), key) for key in weights.others):
         parts.append("the pixel decoder")
     if mean_pooling and "norm.weight" in weights.encoder:
         parts.append("the pre-training encoder's norm")
     return tuple(parts)
 
 
-def _among(patterns: tuple[str, ...], key: str) -> bool:
-    return any(re.match(pattern, key) for pattern in patterns)
-
-
-def _with_positions(weights: _Weights, info: CheckpointInfo, num_frames: int, image_size: int) -> CheckpointInfo:
+def _with_positions(weights: Weights, info: CheckpointInfo, num_frames: int, image_size: int) -> CheckpointInfo:
     """Which clips the model takes and which position table it adds, by the table in the file if there is one."""
     table = weights.encoder.get("pos_embed")
     if table is None:
@@ -549,7 +442,7 @@ def _same(table: Tensor, formula: Tensor) -> bool:
     return torch.allclose(table.float(), formula, rtol=0, atol=1e-6)
 
 
-def _built(weights: _Weights, info: CheckpointInfo) -> VideoMAEForPreTraining | VideoMAEForVideoClassification:
+def _built(weights: Weights, info: CheckpointInfo) -> VideoMAEForPreTraining | VideoMAEForVideoClassification:
     """The model of a description, with every weight of the file in it."""
     arguments: dict[str, Any] = {
         "image_size": info.image_size,
@@ -595,7 +488,7 @@ def _fill_tables(model: Any, info: CheckpointInfo) -> None:
         model.position_embeddings = sinusoid_table(tokens, info.decoder[0])[None]
 
 
-def _extra_tensors(weights: _Weights, info: CheckpointInfo) -> dict[str, Tensor]:
+def _extra_tensors(weights: Weights, info: CheckpointInfo) -> dict[str, Tensor]:
     tensors = {}
     if info.position == "stored":
         assert info.stored_grid is not None
@@ -607,7 +500,7 @@ def _extra_tensors(weights: _Weights, info: CheckpointInfo) -> dict[str, Tensor]
     return tensors
 
 
-def _renamed(weights: _Weights, info: CheckpointInfo) -> dict[str, Tensor]:
+def _renamed(weights: Weights, info: CheckpointInfo) -> dict[str, Tensor]:
     """The weights that are loaded, under transformers' names."""
     dropped = ["pos_embed", "cls_token"]  # they travel beside the weights
     if info.mean_pooling:  # as VideoMAE's own fine-tuning drops the pre-training encoder's norm
