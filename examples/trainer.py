@@ -26,6 +26,7 @@ from everest_tokens.hosts.checkpoint_numbers import TENSORS_FILE
 
 logger = logging.getLogger(__name__)
 
+_NO_LABEL = -100  # cross-entropy leaves it out
 _COMPLETE = "complete"  # a file that is written last; a checkpoint without it was being written when the run was killed
 
 
@@ -69,9 +70,13 @@ class VideoTrainer(Trainer):
         """ "pixel_values" uint8 (videos, repeats, T, C, H, W), "labels" (videos, repeats), "bad" → a model's inputs."""
         inputs = dict(inputs)
         self._note_bad(inputs.pop("bad", []))
+        problems = inputs.pop("problem", [])  # of videos under evaluation, one view each
         inputs = super()._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
         labels = None if labels is None else labels.flatten()
+        for position, problem in enumerate(problems):
+            if problem and labels is not None:
+                labels[position] = _NO_LABEL  # wrong whatever is predicted from its blank frames
         clips = inputs["pixel_values"].flatten(0, 1)
         self._clips += len(clips) if self.model.training else 0
         inputs["pixel_values"], labels = self.augmentation(clips, labels, self.model.training)
