@@ -133,7 +133,7 @@ def load_videomae(
     weights = read_weights(Path(path))
     info = _described(weights, family, num_labels, for_pretraining, num_heads, num_frames, image_size)
     for line in info.assumed:
-        logger.info("%s: %s", path, line)
+        logger.warning("%s: %s", path, line)
     if for_pretraining and info.decoder is None:
         logger.warning("%s has no pixel decoder: loaded as a classifier, not for pre-training", path)
     if info.ignored:
@@ -385,7 +385,9 @@ def _block_shapes(
 
 def _known_heads(width: int, heads: int | None, which: str) -> int:
     if heads is None:
-        raise ValueError(f"no tensor shows how many heads the {which} of width {width} has: give num_heads")
+        raise ValueError(
+            f"no tensor shows how many heads the {which} of width {width} has: give num_heads (--num-heads)"
+        )
     return heads
 
 

@@ -116,6 +116,8 @@ def host_of(root: nn.Module) -> Any:
 def unpatch_videomae(model: Model) -> Model:
     """Give the model back exactly as it was before `patch_videomae`, its trained weights aside.
 
+    What a converted checkpoint's numbers need (position table, norm eps, class token), patching restores for good.
+
     Raises:
         ValueError: the model is not patched. TypeError: it is FSDP-sharded.
     """

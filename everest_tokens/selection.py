@@ -133,6 +133,9 @@ class SelectionPolicy:
         self.visible = visible
         self.frame_sampler = frame_sampler
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
+
     @property
     def task(self) -> str:
         return self.settings["task"]
