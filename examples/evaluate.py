@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from augmentation import BatchAugmentation
 from clips import Sampling, TestViews, collate
-from recipe import SettingsParser, frames_of, read_section
+from recipe import SettingsParser, frames_of, loading, read_section
 from run import tell
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -49,6 +49,7 @@ class TestRecipe:
     keep_ratio: float | None = _setting(None, "share of the tokens that is kept; the model's own if not given")
     views_at_once: int = _setting(16, "views in a forward")
     dataloader_num_workers: int = _setting(4, "decoding processes")
+    use_cpu: bool = _setting(not torch.accelerator.is_available(), "run on the CPU even where there is a GPU")
     predictions: str = _setting("predictions.jsonl", "where a line for each video goes")
 
 
@@ -69,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> None:
     recipe = parse(arguments)
-    accelerator = Accelerator()
-    model = VideoMAEForVideoClassification.from_pretrained(recipe.model)
+    accelerator = Accelerator(cpu=recipe.use_cpu)
+    with loading(recipe.model):
+        model = VideoMAEForVideoClassification.from_pretrained(recipe.model)
     entries = read_list(recipe.test_list, recipe.data_root, labelled=True, num_labels=model.config.num_labels)
     et.patch_videomae(model, None if recipe.keep_ratio is None else et.ReRoSelector(recipe.keep_ratio))
     views = TestViews(

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from augmentation import BatchAugmentation, TrainingGeometry
 from clips import Sampling, TestViews, TrainingClips, collate
-from recipe import FinetuningRecipe, check_fit, frames_of, parse, selection_of, set_warmup
-from run import TRAINING_DEFAULTS, finish, resume_point, tell
+from recipe import FinetuningRecipe, check_fit, frames_of, loading, parse, selection_of, set_warmup
+from run import TRAINING_DEFAULTS, check_found, finish, resume_point, tell
 from trainer import VideoTrainer
 from transformers import VideoMAEForVideoClassification, set_seed
+from transformers.trainer_utils import IntervalStrategy
 from video_list import read_list
 
 import everest_tokens as et
@@ -36,6 +37,8 @@ def run(arguments: list[str]) -> None:
     entries = read_list(recipe.train_list, recipe.data_root, labelled=True, num_labels=recipe.num_labels)
     held_out = None
     if recipe.eval_list:
+        if training.eval_strategy == IntervalStrategy.NO:
+            training.eval_strategy = IntervalStrategy.EPOCH
         held_out = read_list(recipe.eval_list, recipe.data_root, labelled=True, num_labels=recipe.num_labels)
     set_warmup(training, recipe, len(entries))
     set_seed(training.seed)
@@ -61,7 +64,8 @@ def run(arguments: list[str]) -> None:
         label_smoothing=recipe.label_smoothing,
         max_bad_fraction=recipe.max_bad_fraction,
     )
-    trainer.train(resume_from_checkpoint=resume_point(training))
+    check_found(entries, "train_list")
+    trainer.train(resume_from_checkpoint=resume_point(training, recipe))
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     finish(trainer, len(entries))
@@ -75,16 +79,18 @@ def accuracy(prediction: Any) -> dict[str, float]:
 def build_model(recipe: FinetuningRecipe) -> VideoMAEForVideoClassification:
     """The pre-trained encoder with a classifier. Raises ValueError for a checkpoint that doesn't fit the recipe."""
     if Path(recipe.model).is_file():
-        return et.load_videomae(
-            recipe.model,
-            family=recipe.family,
-            num_labels=recipe.num_labels,
-            num_frames=recipe.num_frames,
-            image_size=recipe.size,
+        with loading(recipe.model):
+            return et.load_videomae(
+                recipe.model,
+                family=recipe.family,
+                num_labels=recipe.num_labels,
+                num_frames=recipe.num_frames,
+                image_size=recipe.size,
+            )
+    with loading(recipe.model):
+        model = VideoMAEForVideoClassification.from_pretrained(
+            recipe.model, num_labels=recipe.num_labels, use_mean_pooling=True, ignore_mismatched_sizes=True
         )
-    model = VideoMAEForVideoClassification.from_pretrained(
-        recipe.model, num_labels=recipe.num_labels, use_mean_pooling=True, ignore_mismatched_sizes=True
-    )
     check_fit(model, recipe)
     return model
 

@@ -14,8 +14,17 @@ from pathlib import Path
 
 from augmentation import BatchAugmentation, TrainingGeometry
 from clips import Sampling, TrainingClips, collate
-from recipe import PretrainingRecipe, check_fit, config_of, frames_of, parse, selection_of, set_warmup
-from run import TRAINING_DEFAULTS, finish, resume_point, tell
+from recipe import (
+    PretrainingRecipe,
+    check_fit,
+    config_of,
+    frames_of,
+    loading,
+    parse,
+    selection_of,
+    set_warmup,
+)
+from run import TRAINING_DEFAULTS, check_found, finish, resume_point, tell
 from trainer import VideoTrainer
 from transformers import VideoMAEForPreTraining, set_seed
 from video_list import read_list
@@ -49,7 +58,8 @@ def run(arguments: list[str]) -> None:
         augmentation=BatchAugmentation(),
         max_bad_fraction=recipe.max_bad_fraction,
     )
-    trainer.train(resume_from_checkpoint=resume_point(training))
+    check_found(entries, "train_list")
+    trainer.train(resume_from_checkpoint=resume_point(training, recipe))
     finish(trainer, len(entries))
 
 
@@ -58,13 +68,15 @@ def build_model(recipe: PretrainingRecipe) -> VideoMAEForPreTraining:
     if recipe.model is None:
         return VideoMAEForPreTraining(config_of(recipe, decoder_num_hidden_layers=recipe.decoder_depth))
     if Path(recipe.model).is_file():
-        model = et.load_videomae(
-            recipe.model, for_pretraining=True, num_frames=recipe.num_frames, image_size=recipe.size
-        )
+        with loading(recipe.model):
+            model = et.load_videomae(
+                recipe.model, for_pretraining=True, num_frames=recipe.num_frames, image_size=recipe.size
+            )
         if not isinstance(model, VideoMAEForPreTraining):
             raise ValueError(f"model: {recipe.model} has no pixel decoder to pre-train with")
         return model
-    model = VideoMAEForPreTraining.from_pretrained(recipe.model)
+    with loading(recipe.model):
+        model = VideoMAEForPreTraining.from_pretrained(recipe.model)
     check_fit(model, recipe)
     return model
 

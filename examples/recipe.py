@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,7 +183,7 @@ def _check(recipe: Recipe) -> None:
         if not recipe.model:
             raise ValueError("model is not set: a pre-trained folder, hub id or .pth to fine-tune")
         if recipe.num_labels < 2:
-            raise ValueError(f"num_labels must be at least 2, got {recipe.num_labels}")
+            raise ValueError(f"num_labels must be at least 2, got {recipe.num_labels}: the classes of train_list")
         if len(recipe.randaugment) != 2:
             raise ValueError(f"randaugment must be a magnitude and a standard deviation, got {recipe.randaugment}")
 
@@ -214,6 +216,16 @@ def set_warmup(training: TrainingArguments, recipe: Recipe, videos: int) -> None
     if videos < batch:
         raise ValueError(f"train_list has {videos} videos, fewer than a batch of {batch}: lower batch_size")
     training.warmup_steps = round(recipe.warmup_epochs * (videos // batch))
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """What goes wrong within is about the setting `model`, and told in one line: a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        what = "can't be loaded" if Path(model).exists() else "is no file, no folder and no model on the hub"
+        raise ValueError(f"model: {model} {what}: {' '.join(str(error).split())}") from error
 
 
 def check_fit(model: Any, recipe: Any) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from trainer import TooManyBadVideos, VideoTrainer, checkpoint_to_resume
 from transformers import TrainingArguments
+from video_list import Entry
+
+logger = logging.getLogger(__name__)
 
 # transformers' settings where Tables 7 and 8, or a long run on videos, want others than its own
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -24,8 +29,11 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "remove_unused_columns": False,
     "dataloader_drop_last": True,
+    "ddp_find_unused_parameters": False,  # all are used: no need to look at each step
     "dataloader_num_workers": 4,
+    "dataloader_pin_memory": torch.cuda.is_available(),
     "report_to": "none",
+    "use_cpu": not torch.accelerator.is_available(),  # else several processes on CPUs wouldn't know of each other
 }
 
 
@@ -40,10 +48,28 @@ def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     return 0
 
 
-def resume_point(training: TrainingArguments) -> str | None:
-    """The last complete checkpoint of the run's folder, or None."""
+def resume_point(training: TrainingArguments, recipe: Any) -> str | None:
+    """The last complete checkpoint of the run's folder, or None; a line says so, and what differs from its recipe."""
     with training.main_process_first(local=False):
-        return training.resume_from_checkpoint or checkpoint_to_resume(training.output_dir)
+        checkpoint = training.resume_from_checkpoint or checkpoint_to_resume(training.output_dir)
+    file, settings = Path(training.output_dir, "recipe.json"), json.loads(json.dumps(vars(recipe)))
+    if checkpoint is not None:
+        logger.warning("going on from %s; another --output_dir starts a new run", checkpoint)
+        before = json.loads(file.read_text()) if file.is_file() else settings
+        for name, value in settings.items():
+            if before.get(name) != value:
+                logger.warning("%s is %s now, the run began with %s", name, value, before.get(name))
+    elif training.process_index == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1) + "\n")
+    return checkpoint
+
+
+def check_found(entries: Sequence[Entry], setting: str) -> None:
+    """Raise ValueError where the first videos of a list don't exist: a forgotten data_root, most likely."""
+    first = entries[:5]
+    if not any(entry.path.exists() for entry in first):
+        raise ValueError(f"{setting}: none of its first {len(first)} videos exists, {first[0].path}: see --data_root")
 
 
 def finish(trainer: VideoTrainer, videos: int) -> None:

@@ -20,7 +20,7 @@ from optimisation import layer_decay_groups
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, set_seed
 
 from everest_tokens.hosts.checkpoint_numbers import TENSORS_FILE
 
@@ -34,6 +34,20 @@ class TooManyBadVideos(RuntimeError):
     """More of the list can't be read than `max_bad_fraction` allows."""
 
 
+class _Randomness(TrainerCallback):
+    """Other clips in each epoch, other hidden places in each process."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index > 0:  # by now all processes have the same seed for the order of the videos
+            set_seed(args.seed + args.process_index)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate's loaders do so in one process alone, and not for the rest of an epoch after a resume
+        data = kwargs["train_dataloader"].dataset
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(int(state.epoch or 0))
+
+
 class VideoTrainer(Trainer):
     """Trains a VideoMAE, patched or not, on batches of uint8 clips.
 
@@ -42,6 +56,9 @@ class VideoTrainer(Trainer):
         layer_decay: factor on the learning rate from a block to the one below it.
         label_smoothing: of the classifier's cross-entropy, for hard and mixed labels alike.
         max_bad_fraction: share of the training list that may be unreadable.
+
+    Raises:
+        ValueError: FSDP is asked for where accelerate would silently not shard.
     """
 
     def __init__(
@@ -54,6 +71,9 @@ class VideoTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(f"fsdp: accelerate shards a model on GPUs only, this run is on the {self.args.device}")
+        self.add_callback(_Randomness())
         self.augmentation = augmentation
         self.layer_decay = layer_decay
         self.label_smoothing = label_smoothing
@@ -103,6 +123,14 @@ class VideoTrainer(Trainer):
                 f" {self.max_bad_fraction}: {', '.join(sorted(found)[:5])}{', …' if len(found) > 5 else ''}"
             )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Every video is evaluated: `dataloader_drop_last` is for training, where all batches have one size."""
+        given, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = given
+
     # --- losses ---
 
     def compute_loss(
@@ -126,6 +154,8 @@ class VideoTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         labels = inputs.get("labels")
+        if labels is not None and (labels == _NO_LABEL).all():
+            loss = torch.zeros_like(loss)  # no video of the batch could be read: cross-entropy's mean is of nothing
         if prediction_loss_only or labels is None:
             return loss.detach(), None, None
         return loss.detach(), outputs.logits.detach(), labels
@@ -158,6 +188,7 @@ class VideoTrainer(Trainer):
         best = self.state.best_model_checkpoint
         finished = [path for path in complete_checkpoints(folder) if best is None or path.name != Path(best).name]
         for path in finished[: max(0, len(finished) - max(1, self._keep))]:
+            (path / _COMPLETE).unlink()  # first, so that a kill leaves nothing that only looks complete
             shutil.rmtree(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
