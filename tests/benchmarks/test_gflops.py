@@ -13,9 +13,7 @@ from transformers.models.videomae import modeling_videomae
 @pytest.fixture(autouse=True)
 def _tables_come_back(monkeypatch):
     """The script replaces transformers' slow filling of position tables."""
-    monkeypatch.setattr(
-        modeling_videomae, "get_sinusoid_encoding_table", modeling_videomae.get_sinusoid_encoding_table
-    )
+    monkeypatch.setattr(modeling_videomae, "get_sinusoid_encoding_table", modeling_videomae.get_sinusoid_encoding_table)
 
 
 def test_covers_every_figure_of_the_tables():
