@@ -1,40 +1,48 @@
-"""What does a training step cost, before and after patching? Time, bytes saved for backward, selection's own share.
+"""What does a training step cost with all tokens, and with fewer? Time, clips a second, memory.
 
-Every pair is timed in turn in one process (forward, backward, AdamW), so that a machine's slow moments fall on both;
-the ratio is the median over the pairs. Writes JSON with device, versions, command and every single time.
+A step is forward, backward and fused AdamW, gradients set to None. The methods of a case take turns, so that a
+machine's slow moments fall on all of them, and train one set of weights, so that none pays for another's. Every option
+that takes several values is multiplied out. A method that runs out of memory is recorded as such, and the others go on.
 
-    python benchmarks/train_step.py                     # ViT-B, both phases, on this machine
-    python benchmarks/train_step.py --sizes S B L --repeats 15 --compile --dtype bfloat16
+    python benchmarks/train_step.py                                        # ViT-B, both phases, on this machine
+    python benchmarks/train_step.py --sizes S B L --modes eager compile --dtypes float32 bfloat16
+    python benchmarks/train_step.py --sizes S --keep-ratios 0.2 0.4 0.6 0.8 --methods rero random
+    torchrun --nproc_per_node 8 benchmarks/train_step.py --sizes L --phases pre-training --batch-sizes 16 64
+
+Fine-tuning is compared to the unpatched model with all tokens, pre-training to the unpatched one with VideoMAE's 90 %
+tube mask. The JSON is written after each case. Under torchrun each process has one device and DDP's gradients; a time
+is the slowest process's, memory the sum over all. Memory that runs out is then noticed in a step of each process alone,
+with as much held back as DDP's buckets take; should it still run out within a DDP step, the other processes would wait
+for that gradient for ever, so the run ends there, with the cases before it on disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import gc
 import math
-import platform
+import os
 import statistics
 import sys
-import time
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import transformers
+import torch.distributed as dist
+from documents import RESULTS, header, world_size, write
+from running_out import is_out_of_memory, memory_limit
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
-from everest_tokens.measuring import (
-    bytes_saved_for_backward,
-    median_ratio,
-    paired_seconds,
-    training_step,
-    videomae_mask,
-)
+from everest_tokens import measuring
 
 # Encoder width, depth, heads; decoder width and heads (VideoMAE's models; decoder depth 4 as in the paper's GFLOPs).
 SIZES = {
@@ -44,13 +52,99 @@ SIZES = {
     "H": (1280, 32, 16, 512, 8),
 }
 PHASES = {"fine-tuning": (VideoMAEForVideoClassification, 0.6), "pre-training": (VideoMAEForPreTraining, 0.3)}
-# What ViT-B at batch size 2 is to reach on two CPU cores: step-time ratio, saved-bytes ratio, selection's share.
-TARGETS = {"fine-tuning": (0.55, 0.605, 0.02), "pre-training": (0.56, 0.525, None)}
+BASELINES = {"fine-tuning": "all tokens", "pre-training": "videomae"}
+METHODS = ("random", "running cell", "rero")
+CELL_RATIOS = (0.25, 0.5, 0.75)
+# Most bytes that a step of ReRo may allocate on a GPU in bfloat16, by phase, size and clips of 16 × 224².
+MEMORY_TARGETS = {
+    ("pre-training", "B", 32): 5.0e9,
+    ("pre-training", "L", 32): 10.5e9,
+    ("fine-tuning", "B", 16): 11e9,
+}
+MEASURED = (
+    *("median_seconds", "quartile_seconds", "first_step_seconds", "clips_per_second", "step_ratio"),
+    *("step_ratio_quartiles", "saved_bytes", "saved_ratio"),
+    *("peak_allocated_bytes", "peak_reserved_bytes", "peak_allocated_bytes_per_device"),
+)
+BLOCK = 3  # steps timed from one DDP wrapping to the next
+BUCKETS = 2  # steps that DDP takes to lay out its buckets, not timed
 
 
-def config_of(size: str, frames: int) -> VideoMAEConfig:
+@dataclass(frozen=True)
+class Case:
+    """What the methods of one comparison share."""
+
+    size: str
+    phase: str
+    frames: int
+    image_size: int
+    keep_ratio: float
+    batch_size: int
+    dtype: str
+    mode: str
+    cell_ratio: float | None = None  # of running cell
+
+    @property
+    def autocast(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        config = config_of(self.size, self.frames, self.image_size)
+        side = self.image_size // config.patch_size
+        return self.frames // config.tubelet_size, side, side
+
+
+@dataclass
+class Variant:
+    """One method in a case: its row of the JSON, and its model while the case runs."""
+
+    row: dict[str, Any]
+    model: Any = None  # compiled, if the case says so
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    def fail(self) -> None:
+        """Memory ran out: let go of everything. Numbers of a step that isn't always possible are no result."""
+        self.row |= dict.fromkeys(MEASURED) | {"out_of_memory": True, "seconds": []}
+        self.model, self.inputs = None, {}
+
+    @property
+    def failed(self) -> bool:
+        return self.row["out_of_memory"]
+
+
+class Shared:
+    """The one set of weights, gradients and optimizer state that all methods of a case train, and their clips.
+
+    So the allocator's peak of a method is what it would be alone, but for the others' position tables, some MB each.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case = case
+        torch.manual_seed(0)
+        self.plain = PHASES[case.phase][0](config_of(case.size, case.frames, case.image_size)).to(device).train()
+        self.optimizer = torch.optim.AdamW(self.plain.parameters(), lr=1e-5, fused=True)
+        clips = torch.randn(case.batch_size, case.frames, 3, case.image_size, case.image_size, device=device)
+        self.inputs = {"pixel_values": clips}
+        if case.phase == "fine-tuning":
+            self.inputs["labels"] = torch.arange(case.batch_size, device=device) % self.plain.config.num_labels
+        self.mask = measuring.videomae_mask(case.batch_size, case.grid, device)
+
+    def model_for(self, method: str) -> tuple[Any, dict[str, Any]]:
+        """A method's model, whose parameters are the shared ones, and the arguments of its forward."""
+        if method in BASELINES.values():
+            return self.plain, self.inputs | ({"bool_masked_pos": self.mask} if method == "videomae" else {})
+        model = copy.deepcopy(self.plain, {id(parameter): parameter for parameter in self.plain.parameters()})
+        return patched(model, method, self.case), self.inputs
+
+    def step_of(self, model: Any, inputs: dict[str, Any]) -> Callable[[], None]:
+        return measuring.training_step(model, inputs, dtype=self.case.autocast, optimizer=self.optimizer)
+
+
+def config_of(size: str, frames: int, image_size: int = 224) -> VideoMAEConfig:
     width, depth, heads, decoder_width, decoder_heads = SIZES[size]
     return VideoMAEConfig(
+        image_size=image_size,
         num_frames=frames,
         hidden_size=width,
         num_hidden_layers=depth,
@@ -63,141 +157,288 @@ def config_of(size: str, frames: int) -> VideoMAEConfig:
     )
 
 
-def measure(size: str, phase: str, options: argparse.Namespace, progress: Any) -> dict[str, Any]:
-    """One pair: a plain model and its patched copy."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    cls, keep_ratio = PHASES[phase]
-    torch.manual_seed(0)
-    plain = cls(config_of(size, options.frames)).to(device).train()
-    patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(keep_ratio))
-    clips = torch.randn(options.batch_size, options.frames, 3, 224, 224, device=device)
-    selection = et.select_tokens(patched, clips)
-    tokens = math.prod(selection.grid)
-    before: dict[str, Any] = {"pixel_values": clips}
-    after: dict[str, Any] = {"pixel_values": clips}
-    if phase == "fine-tuning":
-        before["labels"] = after["labels"] = torch.arange(options.batch_size, device=device)
-    else:
-        before["bool_masked_pos"] = videomae_mask(options.batch_size, selection.grid, device)
-    inputs = {"before": before, "after": after}
-    models = {"before": plain, "after": patched}
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    flops = {name: et.count_flops(model).total for name, model in models.items()}
-    saved = {}
-    for name, model in models.items():
-        with autocast():
-            saved[name] = bytes_saved_for_backward(partial(model, **inputs[name]), exclude=model.parameters())
+def patched(model: Any, method: str, case: Case) -> Any:
+    """The model with a method's selection. Running cells in pre-training are VideoMAE V2's dual masking."""
+    pretraining = case.phase == "pre-training"
+    if method == "running cell":
+        nearest = min(CELL_RATIOS, key=lambda ratio: abs(ratio - case.keep_ratio))
+        selector: Any = et.RunningCellSelector(case.cell_ratio or (0.5 if pretraining else nearest))
+        return et.patch_videomae(model, selector, visible=et.TubeSelector(0.1) if pretraining else None)
+    selector = et.RandomSelector if method == "random" else et.ReRoSelector
+    return et.patch_videomae(model, selector(case.keep_ratio))
 
-    result: dict[str, Any] = {
-        "size": size,
-        "phase": phase,
-        "keep_ratio": keep_ratio,
-        "visible": selection.visible.shape[1],
-        "kept": selection.kept.shape[1],
-        "tokens": tokens,
-        "macs": flops,
-        "macs_ratio": flops["after"] / flops["before"],
-        "saved_bytes": saved,
-        "saved_ratio": saved["after"] / saved["before"],
-    }
-    if options.compile:
-        models = {name: torch.compile(model) for name, model in models.items()}
-    stepping = partial(training_step, dtype=dtype, optimized=not options.no_optimizer)
-    steps = {name: stepping(models[name], inputs[name]) for name in models}
-    seconds = paired_seconds(steps, options.repeats, warmup=2, device=device, progress=progress)
-    ratios = sorted(a / b for a, b in zip(seconds["after"], seconds["before"], strict=True))
-    result["seconds"] = seconds
-    result["step_ratio"] = median_ratio(seconds["after"], seconds["before"])
-    result["step_ratio_quartiles"] = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
 
-    width = plain.config.hidden_size
-    embedded = torch.randn(options.batch_size, tokens, width, device=device)
-    select = {"select": partial(patched.everest.select, embedded, selection.grid)}
-    own = statistics.median(paired_seconds(select, 20, warmup=3, device=device)["select"])
-    result["selection_seconds"] = own
-    result["selection_share"] = own / statistics.median(seconds["after"])
+@cache
+def shapes_of(size: str, phase: str, frames: int, image_size: int) -> Any:
+    with torch.device("meta"):
+        return PHASES[phase][0](config_of(size, frames, image_size))
+
+
+def variant_of(method: str, case: Case) -> Variant:
+    """A method before it is run: tokens and GFLOPs follow from shapes, so that they are known where memory isn't."""
+    model, tokens = shapes_of(case.size, case.phase, case.frames, case.image_size), math.prod(case.grid)
+    row = asdict(case) | {"method": method, "baseline": method in BASELINES.values(), "keep_ratio": None}
+    del row["cell_ratio"]
+    visible = tokens if case.phase == "fine-tuning" else et.TubeSelector(0.1).num_kept(case.grid)
+    row |= {"tokens": tokens, "kept": tokens, "visible": visible}
+    if not row["baseline"]:
+        model = patched(copy.deepcopy(model), method, case)
+        embedded = torch.empty(1, tokens, model.config.hidden_size, device="meta")
+        selection = model.everest.select(embedded, case.grid)
+        row |= {"kept": selection.kept.shape[1], "visible": selection.visible.shape[1]}
+        row["keep_ratio"] = model.everest.selector.keep_ratio
+    row["gflops"] = et.count_flops(model).total / 1e9
+    return Variant(row | {"out_of_memory": False, "seconds": []} | dict.fromkeys(MEASURED))
+
+
+def over_ranks(values: Sequence[float], operation: str, device: torch.device) -> list[float]:
+    """Each value's "MAX" or "SUM" over the processes, which wait for each other here; in one process the values."""
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor.tolist()
+
+
+def attempt(action: Callable[[], Any], variants: list[Variant], shared: Shared | None, device: torch.device) -> Any:
+    """action(), or None where a process has no memory for it: the variants have failed then, in every process."""
+    result, failed = None, False
+    try:
+        result = action()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    # From here on: the error is gone, and with its traceback the tensors of the step that failed.
+    if not over_ranks([failed], "MAX", device)[0]:
+        return result
+    del result
+    for variant in variants:
+        variant.fail()
+    if shared is not None:
+        shared.optimizer.zero_grad(set_to_none=True)
+        shared.optimizer.state.clear()  # some of it may be half made
+    free(device)
+    return None
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
     if device.type == "cuda":
-        del steps, select, embedded
-        result["peak_bytes"] = {}
-        for model in models.values():
-            model.to("cpu")
-        for name, model in models.items():  # the compiled ones where they were timed
-            step = stepping(model.to(device), inputs[name])
-            result["peak_bytes"][name] = peak_bytes(step, device)
-            del step
-            model.to("cpu")
-    return result
+        torch.cuda.empty_cache()
 
 
-def peak_bytes(step: Any, device: torch.device) -> dict[str, int]:
-    """The allocator's peaks over one step, after one that makes the optimizer's state."""
-    step()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return {
-        "allocated": torch.cuda.max_memory_allocated(device),
-        "reserved": torch.cuda.max_memory_reserved(device),
-    }
+def prepare(variant: Variant, shared: Shared, device: torch.device) -> None:
+    """Build a method's model, count what backward needs (in eager mode) and run its first step, which compiles.
+
+    The count leaves out the parameters; it has the clips where the model keeps them, and autocast's copies of weights.
+    """
+    model, inputs = shared.model_for(variant.row["method"])
+    dtype = shared.case.autocast
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        forward = partial(model, **inputs)
+        variant.row["saved_bytes"] = measuring.bytes_saved_for_backward(forward, exclude=model.parameters())
+    if shared.case.mode == "compile":  # the unpatched pre-training model indexes by boolean masks: no full graph
+        model = torch.compile(model, fullgraph=model is not shared.plain, dynamic=False)
+    variant.model, variant.inputs = model, inputs
+    held = sum(parameter.nbytes for parameter in model.parameters()) if dist.is_initialized() else 0
+    buckets = torch.empty(held, dtype=torch.uint8, device=device)  # what DDP will take, see above
+    variant.row["first_step_seconds"] = measuring.seconds_of(shared.step_of(model, inputs), device)
+    del buckets
 
 
-def report(result: dict[str, Any], check: bool) -> None:
-    targets = TARGETS[result["phase"]] if check else (None, None, None)
-    print(f"\nViT-{result['size']} {result['phase']}, keep ratio {result['keep_ratio']}")
-    low, high = result["step_ratio_quartiles"]
-    rows = (
-        ("forward multiply-accumulates", result["macs_ratio"], None, ""),
-        ("training step, seconds", result["step_ratio"], targets[0], f"  (quartiles {low:.3f} to {high:.3f})"),
-        ("bytes saved for backward", result["saved_ratio"], targets[1], ""),
-        ("selection's share of the step", result["selection_share"], targets[2], ""),
-    )
-    for what, value, target, more in rows:
-        verdict = "" if target is None else f"  target ≤ {target}: {'met' if value <= target else 'MISSED'}"
-        print(f"  {what:<32}{value:8.4f}{verdict}{more}")
+def visit(variant: Variant, shared: Shared, untimed: int, timed: int, device: torch.device) -> None:
+    """A method's turn. DDP wraps it anew: its hooks sit on the parameters, so only one wrapper may exist."""
+    model = variant.model
+    if dist.is_initialized():
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    step = shared.step_of(model, variant.inputs)
+    for _ in range(untimed):
+        step()
+    if device.type == "cuda" and variant.row["peak_allocated_bytes"] is None:
+        variant.row["peak_allocated_bytes"], variant.row["peak_reserved_bytes"] = measuring.peak_bytes(step, device)
+    for _ in range(timed):
+        over_ranks([0], "MAX", device)  # start together
+        variant.row["seconds"].append(measuring.seconds_of(step, device))
+    del model, step
+    if dist.is_initialized():
+        gc.collect()  # a wrapper holds itself
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["B"])
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both models")
-    parser.add_argument("--no-optimizer", action="store_true", help="forward and backward only")
+def run_case(
+    case: Case, variants: list[Variant], options: argparse.Namespace, device: torch.device, progress: Any
+) -> list[dict[str, Any]]:
+    """The rows of all methods of a case, the baseline first."""
+    torch.compiler.reset()  # what an earlier case compiled must not make this one's shapes dynamic
+    free(device)  # what an earlier case left in reference cycles
+    shared = attempt(partial(Shared, case, device), variants, None, device)
+    for variant in variants:
+        if shared is not None:
+            attempt(partial(prepare, variant, shared, device), [variant], shared, device)
+        progress(1)
+    turns = [(1, 0)] * (options.warmup - 1) + [(0, 1)] * options.repeats
+    if dist.is_initialized():
+        turns = [(BUCKETS, min(BLOCK, options.repeats - done)) for done in range(0, options.repeats, BLOCK)]
+    for untimed, timed in turns:
+        for variant in variants:
+            if not variant.failed:
+                turn = partial(visit, variant, shared, untimed, timed, device)
+                turn() if dist.is_initialized() else attempt(turn, [variant], shared, device)
+            progress(timed or untimed)
+    for variant in variants:
+        summarise(variant, variants[0], device)
+    return [variant.row for variant in variants]
+
+
+def summarise(variant: Variant, baseline: Variant, device: torch.device) -> None:
+    """Fill in what follows from the measurements of all processes; ratios pair the two times of each turn."""
+    row, base = variant.row, baseline.row
+    row["gflops_ratio"] = row["gflops"] / base["gflops"]
+    variant.model, variant.inputs = None, {}
+    if variant.failed:
+        return
+    row["first_step_seconds"], *row["seconds"] = over_ranks([row["first_step_seconds"], *row["seconds"]], "MAX", device)
+    seconds = row["seconds"]
+    row["median_seconds"], row["quartile_seconds"] = statistics.median(seconds), measuring.quartiles(seconds)
+    row["clips_per_second"] = world_size() * row["batch_size"] / row["median_seconds"]
+    if device.type == "cuda":
+        peaks = [row["peak_allocated_bytes"], row["peak_reserved_bytes"]]
+        row["peak_allocated_bytes_per_device"] = over_ranks(peaks, "MAX", device)[0]
+        row["peak_allocated_bytes"], row["peak_reserved_bytes"] = over_ranks(peaks, "SUM", device)
+    if not baseline.failed:  # the first of the variants: its seconds are final
+        ratios = [own / its for own, its in zip(seconds, base["seconds"], strict=True)]
+        row["step_ratio"], row["step_ratio_quartiles"] = statistics.median(ratios), measuring.quartiles(ratios)
+        row["saved_ratio"] = row["saved_bytes"] / base["saved_bytes"]
+
+
+def verdicts(rows: list[dict[str, Any]], cuda: bool) -> list[str]:
+    """How ReRo stands to what it is to reach, where that was measured."""
+    lines = []
+    for row in rows:
+        if row["method"] != "rero" or row["out_of_memory"]:
+            continue
+        if row["size"] in ("B", "L") and row["step_ratio"] is not None:
+            ratio, most = row["step_ratio"], 1.05 * row["gflops_ratio"]
+            verdict = "met" if ratio <= most else "MISSED"
+            lines.append(f"step ratio {ratio:.3f}, target ≤ 1.05 × GFLOPs ratio = {most:.3f}: {verdict}")
+        target = MEMORY_TARGETS.get((row["phase"], row["size"], row["batch_size"]))
+        usual = row["frames"] == 16 and row["image_size"] == 224 and row["keep_ratio"] == PHASES[row["phase"]][1]
+        peak = row["peak_allocated_bytes_per_device"]
+        if cuda and row["dtype"] == "bfloat16" and usual and target and peak is not None:
+            verdict = "met" if peak <= target else "MISSED"
+            lines.append(f"peak {peak / 1e9:.2f} GB a device, target ≤ {target / 1e9:.1f} GB: {verdict}")
+    return lines
+
+
+def table(rows: list[dict[str, Any]], cuda: bool) -> str:
+    """The methods of one case side by side, and how they stand to the targets."""
+    one = "ViT-{size} {phase}, {frames} frames of {image_size} px, {batch_size} clip(s) a device, {dtype}, {mode}"
+    names = f"{'seconds':>10}{'ratio':>8}{'(quartiles)':>15}{'clips/s':>9}{'saved MiB':>11}{'ratio':>7}{'peak GB':>9}"
+    lines = [f"\n{one.format(**rows[0])}", f"{'':<13}{'ρ':>5}{'kept':>6}{'visible':>8}{'GFLOPs':>9}{'ratio':>7}{names}"]
+    for row in rows:
+        low, high = row["step_ratio_quartiles"] or (None, None)
+        saved, peak = row["saved_bytes"], row["peak_allocated_bytes"]
+        line = f"{row['method']:<13}{shown(row['keep_ratio'], '.2f'):>5}{row['kept']:>6}{row['visible']:>8}"
+        line += f"{row['gflops']:>9.2f}{row['gflops_ratio']:>7.3f}"
+        if row["out_of_memory"]:
+            lines.append(f"{line}   out of memory")
+            continue
+        line += f"{row['median_seconds']:>10.4g}{shown(row['step_ratio'], '.3f'):>8}"
+        line += f"{shown(low, '.3f')}–{shown(high, '.3f')}".rjust(15) + f"{row['clips_per_second']:>9.4g}"
+        line += f"{saved / 2**20:>11.1f}{shown(row['saved_ratio'], '.3f'):>7}{shown(peak and peak / 1e9, '.2f'):>9}"
+        lines.append(line)
+    return "\n".join([*lines, *(f"  {verdict}" for verdict in verdicts(rows, cuda))])
+
+
+def shown(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)
+
+
+def add_grid(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is run and where, of this script and of selection_cost.py."""
+    add = partial(parser.add_argument, nargs="+")
+    add("--sizes", choices=SIZES, default=["B"], metavar="SIZE", help=f"{', '.join(SIZES)}; default B")
+    add("--phases", choices=PHASES, default=list(PHASES), metavar="PHASE", help=f"{', '.join(PHASES)}; default both")
+    add("--frames", type=int, default=[16], metavar="T", help="of a clip, two a token; default 16")
+    add("--batch-sizes", type=int, default=[2], metavar="CLIPS", help="clips on each device; default 2")
+    dtypes, modes = ["float32", "bfloat16"], ["eager", "compile"]
+    add("--dtypes", choices=dtypes, default=dtypes[:1], metavar="DTYPE", help="float32 or, by autocast, bfloat16")
+    add("--modes", choices=modes, default=modes[:1], metavar="MODE", help="eager, compile; default eager")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="a multiple of 16; default 224")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_<device type>.json")
-    options = parser.parse_args()
-    kind = torch.device(options.device).type
-    out = options.out or Path(__file__).parent / "results" / f"train_step_{kind}.json"
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<this script>_<device type>.json")
 
-    cpu = kind == "cpu"
-    results = []
-    total = len(options.sizes) * len(options.phases) * 2 * (options.repeats + 2)
-    with tqdm(total=total, desc="training steps", unit="step") as bar:
-        for size in options.sizes:
-            for phase in options.phases:
-                bar.set_description(f"ViT-{size} {phase}")
-                results.append(measure(size, phase, options, bar.update))
-    for result in results:
-        report(result, check=result["size"] == "B" and options.batch_size == 2 and cpu and options.frames == 16)
-    document = {
-        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(options.device),
-        "machine": platform.machine(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, timm, et)},
-        "batch_size": options.batch_size,
-        "frames": options.frames,
-        "dtype": options.dtype,
-        "compiled": options.compile,
-        "optimizer": None if options.no_optimizer else "AdamW(fused)",
-        "results": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nwritten to {out}")
+
+def cases_of(
+    options: argparse.Namespace, keep_ratios: Sequence[float] | None = None, cell_ratio: float | None = None
+) -> list[Case]:
+    """The product of the options; without keep ratios the paper's of each phase."""
+    cases = []
+    for size, phase, frames in product(options.sizes, options.phases, options.frames):
+        ratios = keep_ratios or [PHASES[phase][1]]
+        for ratio, batch, dtype, mode in product(ratios, options.batch_sizes, options.dtypes, options.modes):
+            cases.append(Case(size, phase, frames, options.image_size, ratio, batch, dtype, mode, cell_ratio))
+    return cases
+
+
+def start(name: str) -> torch.device:
+    """The device of this process; under torchrun one for each, and they find each other."""
+    device = torch.device(name)
+    if "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_grid(parser)
+    about = f"what runs beside the baseline, of {', '.join(METHODS)}; default all"
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="METHOD", help=about)
+    about = "of random and rero; default the paper's, 0.6 in fine-tuning and 0.3 in pre-training"
+    parser.add_argument("--keep-ratios", type=float, nargs="+", metavar="RATIO", help=about)
+    about = "of running cell: 0.25, 0.5, 0.75; default the nearest in fine-tuning, V2's 0.5 in pre-training"
+    parser.add_argument("--running-cell-ratio", type=float, choices=CELL_RATIOS, metavar="RATIO", help=about)
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each method; default 9")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed ones before, at least 1; default 2")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    if min(options.repeats, options.warmup, *options.batch_sizes) < 1 or options.image_size % 16:
+        parser.error("--repeats, --warmup and --batch-sizes must be at least 1, --image-size a multiple of 16")
+    device = start(options.device)
+    out = options.out or RESULTS / f"train_step_{device.type}.json"
+    warmup = 1 + BUCKETS if dist.is_initialized() else options.warmup
+    document = header("train_step.py", arguments, device, warmup=warmup, repeats=options.repeats)
+    line_ups = []
+    try:
+        for case in cases_of(options, options.keep_ratios, options.running_cell_ratio):
+            methods = (BASELINES[case.phase], *options.methods)
+            line_ups.append((case, [variant_of(method, case) for method in methods]))
+    except ValueError as error:  # of a selector that can't keep that many tokens, or of that grid
+        parser.error(str(error))
+    steps = options.repeats + (1 if dist.is_initialized() else warmup)
+    total = len(line_ups) * (1 + len(options.methods)) * steps
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    # On the CPU memory must run out here, not for the kernel, which would kill; 0.95 because others run there too.
+    share = 0.95 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limit: Any = memory_limit(share) if device.type == "cpu" else nullcontext()
+    with limit, tqdm(total=total, desc="training steps", unit="step", disable=not first) as bar:
+        for case, variants in line_ups:
+            bar.set_description(f"ViT-{case.size} {case.phase}, {case.batch_size} clip(s), {case.mode}")
+            rows = run_case(case, variants, options, device, bar.update)
+            document["runs"] += rows
+            if first:
+                bar.write(table(rows, device.type == "cuda"))
+                write(document, out)
+    if first:
+        print(f"\nwritten to {out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a training step costs where it runs: bytes kept for backward, and seconds side by side."""
+"""What a training step costs where it runs: bytes kept for backward, peaks, and seconds side by side."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,17 +22,24 @@ def videomae_mask(batch: int, grid: Grid, device: torch.device | str = "cpu") ->
 
 
 def training_step(
-    model: Any, inputs: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, optimized: bool = True
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    optimized: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], None]:
     """One training step of a model whose output has a `loss`: forward, backward and, if `optimized`, AdamW.
 
     Args:
         inputs: keyword arguments of its forward, `pixel_values` among them.
         dtype: of autocast; float32 for none.
+        optimizer: of the model's parameters, where there is one already: models that share their parameters share it.
     """
     device_type = inputs["pixel_values"].device.type
     autocast = partial(torch.autocast, device_type, dtype=dtype, enabled=dtype != torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if optimized else None
+    if optimized and optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
         with autocast():
@@ -50,7 +57,8 @@ def bytes_saved_for_backward(forward: Callable[[], object], exclude: Iterable[Te
 
     Args:
         forward: runs the model; what it returns is kept until the count is taken.
-        exclude: tensors that are there anyway (parameters, inputs): their storages don't count.
+        exclude: tensors that are there anyway (parameters, inputs): their storages don't count. Under autocast the
+            copies of the weights in its dtype do count, although not the weights: they live until backward is over.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     storages: dict[int, int] = {}
@@ -85,22 +93,44 @@ def paired_seconds(
     Returns:
         name → seconds of each timed run, in order; the i-th ones ran one after the other.
     """
-    cuda = torch.device(device).type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for run in range(warmup + repeats):
         for name, step in steps.items():
-            if cuda:
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            step()
-            if cuda:
-                torch.cuda.synchronize(device)
+            taken = seconds_of(step, device)
             if run >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
             progress()
     return seconds
+
+
+def seconds_of(step: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Seconds of one run, from an idle device to an idle device."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """The median over the pairs of runs of numerator / denominator."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """The CUDA allocator's peaks over one step, allocated and reserved; run one before, which makes what stays."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The lower and the upper quartile, each a value that was measured."""
+    ordered = sorted(values)
+    return [ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]]

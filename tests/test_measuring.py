@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,9 @@ from everest_tokens.measuring import (
     bytes_saved_for_backward,
     median_ratio,
     paired_seconds,
+    peak_bytes,
+    quartiles,
+    seconds_of,
     training_step,
     videomae_mask,
 )
@@ -100,3 +104,32 @@ def test_a_training_step_runs_its_forward_in_the_autocast_dtype(dtype):
     model = Scale()
     training_step(model, {"pixel_values": torch.ones(2, 2)}, dtype=dtype)()
     assert model.dtype == dtype
+
+
+def test_models_that_share_parameters_share_an_optimizer():
+    model, other = Scale(), Scale()
+    other.weight = model.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for each in (model, other):
+        training_step(each, {"pixel_values": torch.tensor([3.0])}, optimizer=optimizer)()
+    assert optimizer.state[model.weight]["step"] == 2
+    assert model.weight.item() < 2 - 0.15
+
+
+def test_seconds_are_of_the_step_alone():
+    assert 0.05 <= seconds_of(lambda: time.sleep(0.05)) < 5
+
+
+def test_the_peak_is_of_one_step_from_a_clean_start(monkeypatch):
+    order: list[str] = []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: order.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: order.append("read") or 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    assert peak_bytes(lambda: order.append("step"), torch.device("cuda")) == (5, 7)
+    assert order == ["synchronize", "empty_cache", "reset_peak_memory_stats", "step", "synchronize", "read"]
+
+
+def test_quartiles_are_values_that_were_measured():
+    assert quartiles([3.0, 1.0, 4.0, 2.0, 5.0]) == [2.0, 4.0]
+    assert quartiles([1.0]) == [1.0, 1.0]

@@ -1,0 +1,79 @@
+"""benchmarks/selection_cost.py: what it times is what the library runs, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+import selection_cost
+import torch
+import train_step
+
+import everest_tokens as et
+from everest_tokens.distances import DISTANCES
+from everest_tokens.selection import SelectionPolicy
+from everest_tokens.tubelets import gather_tokens
+
+GRID = ["--sizes", "T", "--frames", "8", "--image-size", "64", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(train_step.SIZES, "T", (32, 2, 2, 24, 2))
+
+
+def run(out, *arguments: str) -> dict:
+    selection_cost.main([*GRID, "--out", str(out), *arguments])
+    return json.loads(out.read_text())
+
+
+def test_a_run_of_both_phases(tmp_path, capsys):
+    document = run(tmp_path / "out.json", "--repeats", "5", "--step-repeats", "2", "--batch-sizes", "1", "3")
+    assert document["command"].startswith("python benchmarks/selection_cost.py --sizes T")
+    assert (document["repeats"], document["step_repeats"]) == (5, 2)
+    rows = document["runs"]
+    assert [(row["phase"], row["batch_size"], row["distance"]) for row in rows] == [
+        (phase, batch, distance)
+        for phase in ("fine-tuning", "pre-training")
+        for batch in (1, 3)
+        for distance in ("l2", "l1", "cosine", "cka")
+    ]
+    for row in rows:
+        assert len(row["seconds"]) == 5
+        assert row["select_seconds"] == statistics.median(row["seconds"])
+        assert row["share"] == row["select_seconds"] / row["step_seconds"]
+        assert min(row[f"{part}_seconds"] for part in selection_cost.PARTS) > 0
+        assert (row["size"], row["frames"], row["dtype"], row["mode"]) == ("T", 8, "float32", "eager")
+    assert len({row["step_seconds"] for row in rows}) == 4  # one step is measured for each case
+    printed = capsys.readouterr().out
+    assert f"{100 * rows[0]['share']:.3f}%" in printed
+    assert f"{1e3 * rows[-1]['select_seconds']:.3f}" in printed
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+@pytest.mark.parametrize(("task", "phase"), [("encoder", "fine-tuning"), ("pretraining", "pre-training")])
+def test_the_parts_are_the_librarys_own(monkeypatch, task, phase, mode):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **kw: compile_(function, backend="eager", **kw))
+    case = train_step.Case("T", phase, 8, 64, 0.5, 2, "float32", mode)
+    tokens = torch.randn(2, 64, 32)
+    policy = SelectionPolicy(task, et.ReRoSelector(0.5), 0.9, None, None)
+    for distance in DISTANCES:
+        parts = selection_cost.parts_of(policy, distance, tokens, case)
+        selector = et.ReRoSelector(0.5, distance)
+        kept = selector(tokens, (4, 4, 4))
+        assert torch.equal(parts["importance"](), selector.importance(tokens, (4, 4, 4)))
+        assert torch.equal(parts["top_k"](), kept)
+        assert torch.equal(parts["gather"](), gather_tokens(tokens, kept))
+        selected = parts["select"]()
+        assert torch.equal(torch.cat(selected, dim=1).sort(dim=1).values, kept)
+        assert [part.shape[1] for part in selected] == ([6, 26] if task == "pretraining" else [32])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("option", ["--repeats", "--step-repeats"])
+def test_nothing_to_time_is_refused(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out.json", option, "0")
+    assert "must be at least 1" in capsys.readouterr().err

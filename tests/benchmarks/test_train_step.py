@@ -1,0 +1,510 @@
+"""benchmarks/train_step.py: its arithmetic, one set of weights, memory that runs out, runs that end early, torchrun."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import train_step
+from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
+
+import everest_tokens as et
+from everest_tokens.measuring import bytes_saved_for_backward
+from everest_tokens.tubelets import is_plain_conv3d, is_unhooked
+
+CPU = torch.device("cpu")
+TINY = (32, 2, 2, 24, 2)
+# 8 frames of 64 px: a grid of 4 × 4 × 4 = 64 tokens.
+GRID = ["--sizes", "T", "--frames", "8", "--image-size", "64", "--device", "cpu"]
+COLUMNS = {
+    *("size", "phase", "frames", "image_size", "batch_size", "dtype", "mode", "method", "baseline", "keep_ratio"),
+    *("tokens", "kept", "visible", "gflops", "gflops_ratio", "out_of_memory", "seconds", "median_seconds"),
+    *("quartile_seconds", "first_step_seconds", "clips_per_second", "step_ratio", "step_ratio_quartiles"),
+    *("saved_bytes", "saved_ratio", "peak_allocated_bytes", "peak_reserved_bytes", "peak_allocated_bytes_per_device"),
+}
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(Path(train_step.__file__).parent)!r})
+import train_step
+train_step.SIZES["T"] = {TINY}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(train_step.SIZES, "T", TINY)
+
+
+def run(out: Path, *arguments: str) -> dict:
+    train_step.main([*GRID, "--out", str(out), *arguments])
+    return json.loads(out.read_text())
+
+
+def run_alone(tmp_path: Path, script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> dict:
+    """Run a script in processes of its own, in which the size T is known."""
+    path, out = tmp_path / "script.py", tmp_path / "out.json"
+    path.write_text(SCRIPT + script)
+    command = [sys.executable, *launcher, str(path), *GRID, "--out", str(out), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def case(phase: str = "pre-training", keep_ratio: float = 0.3, **changes) -> train_step.Case:
+    return train_step.Case("T", phase, 8, 64, keep_ratio, 2, "float32", "eager", **changes)
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory) -> dict:
+    """Both phases, all methods, two batch sizes, 4 repeats."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_step.SIZES, "T", TINY)
+        return run(tmp_path_factory.mktemp("out") / "out.json", "--repeats", "4", "--batch-sizes", "1", "2")
+
+
+def by_method(rows: list[dict], **wanted) -> dict[str, dict]:
+    return {row["method"]: row for row in rows if all(row[key] == value for key, value in wanted.items())}
+
+
+def test_the_header_says_where_and_how(document):
+    assert document["command"].startswith("python benchmarks/train_step.py --sizes T --frames 8")
+    assert set(document["versions"]) == {"torch", "transformers", "timm", "everest_tokens", "python"}
+    assert document["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert (document["world_size"], document["warmup"], document["repeats"]) == (1, 2, 4)
+    assert document["optimizer"] == "AdamW(fused)"
+    assert len(document["runs"]) == 2 * 2 * 4
+    assert all(set(row) == COLUMNS for row in document["runs"])
+
+
+def test_numbers_follow_from_the_raw_ones(document):
+    for phase, batch in (("fine-tuning", 1), ("fine-tuning", 2), ("pre-training", 1), ("pre-training", 2)):
+        rows = by_method(document["runs"], phase=phase, batch_size=batch)
+        baseline = next(iter(rows.values()))
+        assert [row["baseline"] for row in rows.values()] == [True, False, False, False]
+        for row in rows.values():
+            times = row["seconds"]
+            assert len(times) == 4
+            ordered = sorted(times)
+            assert row["median_seconds"] == statistics.median(times)
+            assert row["quartile_seconds"] == [ordered[1], ordered[3]]
+            assert row["clips_per_second"] == batch / row["median_seconds"]
+            ratios = sorted(a / b for a, b in zip(times, baseline["seconds"], strict=True))
+            assert row["step_ratio"] == statistics.median(ratios)
+            assert row["step_ratio_quartiles"] == [ratios[1], ratios[3]]
+            assert row["saved_ratio"] == row["saved_bytes"] / baseline["saved_bytes"]
+            assert row["gflops_ratio"] == row["gflops"] / baseline["gflops"]
+            assert row["first_step_seconds"] > 0
+            assert row["out_of_memory"] is False
+            assert row["peak_allocated_bytes"] is row["peak_allocated_bytes_per_device"] is None
+        assert baseline["step_ratio"] == baseline["saved_ratio"] == baseline["gflops_ratio"] == 1
+
+
+def test_tokens_counted_by_hand(document):
+    """Of 64: ⌊0.3·64⌋ = 19 kept, ⌊0.1·64⌋ = 6 visible; VideoMAE's tubes are 16 − ⌊0.9·16⌋ = 2 places of 4 steps."""
+    found = {
+        phase: {
+            method: (row["keep_ratio"], row["kept"], row["visible"])
+            for method, row in by_method(document["runs"], phase=phase).items()
+        }
+        for phase in train_step.PHASES
+    }
+    assert found["fine-tuning"] == {
+        "all tokens": (None, 64, 64),
+        "random": (0.6, 38, 38),
+        "running cell": (0.5, 32, 32),
+        "rero": (0.6, 38, 38),
+    }
+    # VideoMAE V2: 8 visible in tubes, of which the cells keep 2 of every 4 steps: 4; the other 28 cells are targets.
+    assert found["pre-training"] == {
+        "videomae": (None, 64, 8),
+        "random": (0.3, 19, 6),
+        "running cell": (0.5, 8 + 28, 8),
+        "rero": (0.3, 19, 6),
+    }
+    assert {row["tokens"] for row in document["runs"]} == {64}
+
+
+def test_gflops_and_saved_bytes_of_models_built_by_hand(document):
+    config = train_step.config_of("T", 8, 64)
+    rows = by_method(document["runs"], phase="fine-tuning", batch_size=2)
+    clips, labels = torch.randn(2, 8, 3, 64, 64), torch.tensor([0, 1])
+    for method, selector in (("all tokens", None), ("rero", et.ReRoSelector(0.6))):
+        model = VideoMAEForVideoClassification(config).train()
+        model = model if selector is None else et.patch_videomae(model, selector)
+        assert rows[method]["gflops"] == et.count_flops(model).total / 1e9
+        forward = partial(model, clips, labels=labels)
+        assert rows[method]["saved_bytes"] == bytes_saved_for_backward(forward, model.parameters())
+    rows = by_method(document["runs"], phase="pre-training", batch_size=2)
+    model = VideoMAEForPreTraining(config)
+    assert rows["videomae"]["gflops"] == et.count_flops(model).total / 1e9
+    et.patch_videomae(model, et.RunningCellSelector(0.5), visible=et.TubeSelector(0.1))
+    assert rows["running cell"]["gflops"] == et.count_flops(model).total / 1e9
+
+
+def test_the_printed_table_shows_the_case(tmp_path, capsys):
+    rows = run(tmp_path / "out.json", "--repeats", "1", "--phases", "fine-tuning", "--methods", "rero")["runs"]
+    printed = capsys.readouterr().out
+    assert "ViT-T fine-tuning, 8 frames of 64 px, 2 clip(s) a device, float32, eager" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("rero")).split()
+    assert line[:4] == ["rero", "0.60", "38", "38"]
+    assert f"{rows[1]['step_ratio']:.3f}" in line
+    assert f"{rows[1]['saved_bytes'] / 2**20:.1f}" in line
+    assert "target" not in printed
+
+
+def test_all_methods_train_one_set_of_weights():
+    shared = train_step.Shared(case(), CPU)
+    models = {method: shared.model_for(method) for method in ("videomae", *train_step.METHODS)}
+    own = list(shared.plain.parameters())
+    for method, (model, _) in models.items():
+        assert all(a is b for a, b in zip(model.parameters(), own, strict=True))
+        assert (model is shared.plain) == (method == "videomae")
+    assert "everest" not in shared.plain.__dict__
+    before = models["videomae"][0].encoder_to_decoder.weight.detach().clone()
+    shared.step_of(*models["rero"])()
+    assert not torch.equal(before, models["videomae"][0].encoder_to_decoder.weight)
+    assert len(shared.optimizer.state) == len(own)
+    assert all(parameter.grad is None for parameter in own)
+    for method in train_step.METHODS:  # the path that reuses embedded values applies still
+        embeddings = models[method][0].videomae.embeddings.patch_embeddings
+        assert is_plain_conv3d(embeddings.projection)
+        assert is_unhooked(embeddings)
+
+
+def test_running_cell_takes_the_nearest_ratio_or_the_one_given():
+    def ratio(*arguments, **changes):
+        return train_step.variant_of("running cell", case(*arguments, **changes)).row["keep_ratio"]
+
+    assert [ratio("fine-tuning", keep) for keep in (0.1, 0.3, 0.6, 0.9)] == [0.25, 0.25, 0.5, 0.75]
+    assert [ratio("pre-training", keep) for keep in (0.2, 0.3, 0.9)] == [0.5, 0.5, 0.5]
+    assert ratio("fine-tuning", 0.3, cell_ratio=0.75) == ratio("pre-training", 0.3, cell_ratio=0.75) == 0.75
+
+
+def test_options_are_multiplied_out(tmp_path):
+    options = ["--repeats", "1", "--warmup", "1", "--methods", "rero", "--dtypes", "float32", "bfloat16"]
+    rows = run(tmp_path / "out.json", *options, "--keep-ratios", "0.5", "0.8", "--frames", "4", "8")["runs"]
+    found = [(row["phase"], row["frames"], row["keep_ratio"], row["dtype"]) for row in rows if not row["baseline"]]
+    expected = [
+        (phase, frames, ratio, dtype)
+        for phase in ("fine-tuning", "pre-training")
+        for frames in (4, 8)
+        for ratio in (0.5, 0.8)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert found == expected
+    assert [row["tokens"] for row in rows[:16:8]] == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep-ratios", "0.05", "--phases", "pre-training"], "mask_ratio 0.9 gives 6 visible of 3 kept tokens"),
+        (["--keep-ratios", "1.5"], "keep_ratio must be a number in (0, 1]"),
+        (["--image-size", "48"], "need an even height and width, got grid (4, 3, 3)"),
+        (["--repeats", "0"], "must be at least 1"),
+        (["--batch-sizes", "2", "0"], "must be at least 1"),
+        (["--image-size", "100"], "a multiple of 16"),
+        (["--frames", "7", "--methods"], "7 frames are not divisible"),
+        (["--sizes", "XXL"], "invalid choice"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_does(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out.json", *arguments)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_compile_takes_a_full_graph_of_patched_models_alone(tmp_path, monkeypatch):
+    compile_, graphs = torch.compile, []
+
+    def note(model, **settings):
+        graphs.append((hasattr(model, "everest"), settings["fullgraph"]))
+        return compile_(model, backend="eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", note)
+    options = ["--repeats", "1", "--warmup", "1", "--phases", "pre-training", "--methods", "rero"]
+    rows = run(tmp_path / "out.json", *options, "--modes", "compile", "eager")["runs"]
+    assert graphs == [(False, False), (True, True)]
+    assert [row["mode"] for row in rows] == ["compile", "compile", "eager", "eager"]
+    assert [row["saved_bytes"] for row in rows[:2]] == [row["saved_bytes"] for row in rows[2:]]
+    assert rows[1]["first_step_seconds"] > rows[1]["median_seconds"]
+
+
+def failing(monkeypatch, method: str, after: int, error: Exception) -> None:
+    """Make the steps of videomae, or those of the patched models, raise after so many."""
+    make, done = train_step.Shared.step_of, []
+
+    def step_of(self, model, inputs):
+        step = make(self, model, inputs)
+        chosen = hasattr(model, "everest") == (method != "videomae")
+
+        def run_or_fail() -> None:
+            step()
+            done.extend([None] * chosen)
+            if chosen and len(done) > after:
+                model.mask_token.grad = torch.ones_like(model.mask_token)  # as a backward that didn't end would
+                raise error
+
+        return run_or_fail
+
+    monkeypatch.setattr(train_step.Shared, "step_of", step_of)
+
+
+MEASURED = [
+    *("median_seconds", "quartile_seconds", "first_step_seconds", "clips_per_second", "step_ratio"),
+    *("step_ratio_quartiles", "saved_bytes", "saved_ratio", "peak_allocated_bytes", "peak_reserved_bytes"),
+    "peak_allocated_bytes_per_device",
+]
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_method_that_runs_out_of_memory_leaves_the_others_running(tmp_path, monkeypatch, capsys, after):
+    failing(monkeypatch, "rero", after, torch.OutOfMemoryError("CUDA out of memory"))
+    options = ["--phases", "pre-training", "--methods", "rero", "--repeats", "5"]
+    videomae, rero = run(tmp_path / "out.json", *options)["runs"]
+    assert (rero["out_of_memory"], rero["seconds"], videomae["out_of_memory"]) == (True, [], False)
+    assert all(rero[name] is None for name in MEASURED)
+    assert (rero["kept"], rero["visible"]) == (19, 6)
+    assert rero["gflops_ratio"] == rero["gflops"] / videomae["gflops"]
+    assert len(videomae["seconds"]) == 5
+    assert videomae["step_ratio"] == 1
+    assert "out of memory" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rero"))
+
+
+def test_without_a_baseline_there_are_no_ratios(tmp_path, monkeypatch):
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+    failing(monkeypatch, "videomae", 2, error)
+    options = ["--phases", "pre-training", "--methods", "rero", "--repeats", "3"]
+    videomae, rero = run(tmp_path / "out.json", *options)["runs"]
+    assert (videomae["out_of_memory"], rero["out_of_memory"]) == (True, False)
+    assert rero["step_ratio"] is rero["step_ratio_quartiles"] is rero["saved_ratio"] is None
+    assert rero["clips_per_second"] == 2 / statistics.median(rero["seconds"])
+
+
+def test_weights_that_do_not_fit_fail_every_method_and_other_cases_run(tmp_path, monkeypatch):
+    make = train_step.Shared.__init__
+
+    def fail(self, case, device):
+        make(self, case, device)
+        if case.batch_size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_step.Shared, "__init__", fail)
+    options = ["--phases", "fine-tuning", "--methods", "rero", "--repeats", "1", "--batch-sizes", "4", "1"]
+    rows = run(tmp_path / "out.json", *options)["runs"]
+    assert [row["out_of_memory"] for row in rows] == [True, True, False, False]
+    assert rows[1]["gflops"] == rows[3]["gflops"]
+
+
+def test_memory_is_free_after_a_failure_and_other_errors_are_not_swallowed():
+    shared = train_step.Shared(case(), CPU)
+    variant = train_step.variant_of("rero", case())
+    train_step.prepare(variant, shared, CPU)
+    shared.plain.mask_token.grad = torch.ones_like(shared.plain.mask_token)
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert train_step.attempt(fail, [variant], shared, CPU) is None
+    assert variant.failed
+    assert variant.model is None
+    assert shared.plain.mask_token.grad is None
+    assert not shared.optimizer.state
+    with pytest.raises(ZeroDivisionError):
+        train_step.attempt(lambda: 1 / 0, [], shared, CPU)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        train_step.attempt(lambda: torch.ones(2, 3) @ torch.ones(2), [], shared, CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux'")
+def test_the_host_runs_out_of_memory_and_the_run_goes_on(tmp_path):
+    """800 MiB for 256 clips of 384 KiB: VideoMAE's step needs more than 1000 MiB, ReRo's less than 600."""
+    script = "import running_out\nrunning_out.available_memory = lambda: 800 * 2**20\n"
+    options = ["--phases", "pre-training", "--methods", "rero", "--repeats", "2", "--batch-sizes", "256", "2"]
+    rows = run_alone(tmp_path, script + "train_step.main()", *options)["runs"]
+    assert [row["out_of_memory"] for row in rows] == [True, False, False, False]
+    assert rows[1]["step_ratio"] is None
+    assert rows[3]["step_ratio"] is not None
+
+
+def test_a_run_that_is_killed_leaves_the_cases_before_it(tmp_path, monkeypatch):
+    run_case, calls = train_step.run_case, []
+
+    def killed(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_case(*arguments)
+
+    monkeypatch.setattr(train_step, "run_case", killed)
+    out = tmp_path / "out.json"
+    options = ["--phases", "fine-tuning", "--methods", "--repeats", "1", "--batch-sizes", "1", "2", "3"]
+    with pytest.raises(KeyboardInterrupt):
+        run(out, *options)
+    assert [row["batch_size"] for row in json.loads(out.read_text())["runs"]] == [1, 2]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_document_is_replaced_whole(tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    train_step.write({"runs": [1]}, out)
+    write_text = Path.write_text
+
+    def disk_full(path, text):
+        write_text(path, text[:5])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", disk_full)
+    with pytest.raises(OSError, match="space"):
+        train_step.write({"runs": [1, 2]}, out)
+    assert json.loads(out.read_text()) == {"runs": [1]}
+
+
+def test_a_case_leaves_no_weights_to_the_next(tmp_path, monkeypatch):
+    make, left = train_step.Shared.__init__, []
+
+    def note(self, case, device):
+        models = [thing for thing in gc.get_objects() if issubclass(type(thing), VideoMAEForPreTraining)]
+        left.append(sum(model.device.type != "meta" for model in models))  # those that shapes are counted on
+        make(self, case, device)
+
+    gc.collect()
+    monkeypatch.setattr(train_step.Shared, "__init__", note)
+    options = ["--phases", "pre-training", "--methods", "rero", "--repeats", "1", "--batch-sizes", "1", "2", "3"]
+    run(tmp_path / "out.json", *options)
+    assert left == left[:1] * 3
+
+
+def row(method: str = "rero", **changes) -> dict:
+    usual = {"method": method, "out_of_memory": False, "size": "B", "phase": "pre-training", "batch_size": 2}
+    usual |= {"frames": 16, "image_size": 224, "keep_ratio": 0.3, "dtype": "float32", "step_ratio": 0.5}
+    return usual | {"gflops_ratio": 0.5, "peak_allocated_bytes_per_device": None} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "cuda", "verdicts"),
+    [
+        ({"step_ratio": 0.525}, False, ["step met"]),
+        ({"step_ratio": 0.526}, False, ["step MISSED"]),
+        ({"size": "S"}, False, []),
+        ({"method": "random"}, False, []),
+        ({"out_of_memory": True}, True, []),
+        ({"step_ratio": None}, False, []),
+        ({"dtype": "bfloat16", "batch_size": 32, "peak_allocated_bytes_per_device": 5.0e9}, True, ["step met", "met"]),
+        ({"dtype": "bfloat16", "batch_size": 32, "peak_allocated_bytes_per_device": 5.01e9}, True, ["step met", "MIS"]),
+        ({"dtype": "float32", "batch_size": 32, "peak_allocated_bytes_per_device": 5.0e9}, True, ["step met"]),
+        ({"dtype": "bfloat16", "batch_size": 64, "peak_allocated_bytes_per_device": 5.0e9}, True, ["step met"]),
+        (
+            {"dtype": "bfloat16", "size": "L", "batch_size": 32, "peak_allocated_bytes_per_device": 10.4e9},
+            True,
+            ["step met", "met"],
+        ),
+        (
+            {
+                **{"dtype": "bfloat16", "phase": "fine-tuning", "keep_ratio": 0.6, "batch_size": 16},
+                "peak_allocated_bytes_per_device": 12e9,
+            },
+            True,
+            ["step met", "MISSED"],
+        ),
+        (
+            {"dtype": "bfloat16", "batch_size": 32, "keep_ratio": 0.2, "peak_allocated_bytes_per_device": 4e9},
+            True,
+            ["step met"],
+        ),
+    ],
+)
+def test_targets_are_judged_where_they_were_measured(changes, cuda, verdicts):
+    lines = train_step.verdicts([row(**changes)], cuda)
+    assert len(lines) == len(verdicts)
+    for line, verdict in zip(lines, verdicts, strict=True):
+        kind, wanted = ("step ratio", verdict[5:]) if verdict.startswith("step") else ("peak", verdict)
+        assert line.startswith(kind)
+        assert line.split(": ")[1].startswith(wanted)
+
+
+def test_a_node_is_the_sum_of_its_devices_and_as_slow_as_its_slowest(monkeypatch):
+    """Two processes, the other one a tenth slower and a tenth larger."""
+
+    def over_ranks(values, operation, device):
+        return [value * 2.1 if operation == "SUM" else value * 1.1 for value in values]
+
+    monkeypatch.setattr(train_step, "over_ranks", over_ranks)
+    monkeypatch.setattr(train_step, "world_size", lambda: 2)
+    variant = train_step.variant_of("rero", case())
+    variant.row |= {"seconds": [1.0, 2.0, 3.0], "first_step_seconds": 5.0, "saved_bytes": 7}
+    variant.row |= {"peak_allocated_bytes": 100, "peak_reserved_bytes": 200}
+    train_step.summarise(variant, variant, torch.device("cuda"))
+    found = variant.row
+    assert found["seconds"] == pytest.approx([1.1, 2.2, 3.3])
+    assert found["clips_per_second"] == pytest.approx(2 * 2 / 2.2)
+    peaks = [found["peak_allocated_bytes"], found["peak_reserved_bytes"], found["peak_allocated_bytes_per_device"]]
+    assert peaks == pytest.approx([210, 420, 110])
+
+
+TORCHRUN = """
+import gc, os
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+make = train_step.Shared.step_of
+
+def step_of(self, model, inputs):
+    selector = getattr(getattr(model, "everest", None), "selector", None)
+    if os.environ["RANK"] == "1" and type(selector).__name__ == "RandomSelector":
+        raise torch.OutOfMemoryError("CUDA out of memory")  # on one of the two
+    return make(self, model, inputs)
+
+train_step.Shared.step_of = step_of
+visit = train_step.visit
+
+def checked(variant, shared, untimed, timed, device):
+    step, sums = shared.optimizer.step, []
+
+    def noted():
+        sums.append(float(shared.plain.encoder_to_decoder.weight.grad.double().sum()))
+        step()
+
+    shared.optimizer.step = noted
+    visit(variant, shared, untimed, timed, device)
+    shared.optimizer.step = step
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    ranks = train_step.over_ranks([int(os.environ["RANK"]), 1], "SUM", device)
+    assert ranks == [1, 2], ranks
+    # DDP averaged the gradients of two different draws: both processes step by the same.
+    assert len(sums) == untimed + timed
+    assert train_step.over_ranks(sums, "MAX", device) == sums
+    assert train_step.over_ranks([-x for x in sums], "MAX", device) == [-x for x in sums]
+
+train_step.visit = checked
+train_step.main()
+"""
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_two_processes_of_torchrun(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    options = ["--phases", "pre-training", "--methods", "random", "rero", "--repeats", "4", "--warmup", "1"]
+    document = run_alone(tmp_path, TORCHRUN, *options, launcher=launcher)
+    assert document["world_size"] == 2
+    assert document["command"].startswith("torchrun --nproc_per_node 2 benchmarks/train_step.py")
+    assert document["warmup"] == 1 + train_step.BUCKETS
+    rows = by_method(document["runs"])
+    assert [row["out_of_memory"] for row in rows.values()] == [False, True, False]
+    for method in ("videomae", "rero"):
+        row = rows[method]
+        assert len(row["seconds"]) == 4  # a turn of 3 and one of 1
+        assert row["clips_per_second"] == 2 * 2 / statistics.median(row["seconds"])
+    assert math.isclose(rows["rero"]["saved_ratio"], rows["rero"]["saved_bytes"] / rows["videomae"]["saved_bytes"])
