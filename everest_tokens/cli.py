@@ -1,4 +1,4 @@
-"""The `everest-tokens` command: `demo` on a video, `inspect` and `convert` for checkpoint files."""
+"""The `everest-tokens` command: `demo` and `visualize` on videos, `inspect` and `convert` for checkpoint files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add_demo(commands)
+    add_visualize(commands)
     add_inspect(commands)
     add_convert(commands)
     options = parser.parse_args(arguments)
@@ -39,7 +40,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False  # 0 says something, and equals False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def _add(commands: Any, name: str, run: Callable[[Any], None], *, help: str, description: str) -> Any:
@@ -76,6 +78,76 @@ def run_demo(options: Any) -> None:
         repeats=options.repeats,
         out=options.out,
     )
+
+
+def add_visualize(commands: Any) -> None:
+    visualize = _add(
+        commands,
+        "visualize",
+        run_visualize,
+        help="draw which tokens of videos are kept, by whom, and what is made of them",
+        description="Draw one clip of each video. A folder saved from a patched model is drawn with the settings that "
+        "it records, any other model with the paper's; options win over both.",
+    )
+    argument = visualize.add_argument
+    argument(
+        "videos", nargs="+", type=Path, metavar="VIDEO", help="video files; their clips are drawn below each other"
+    )
+    argument(
+        "--draw",
+        choices=["selection", "strategies", "keep-ratios", "frames", "reconstruction"],
+        default="selection",
+        help="selection: frames, kept tokens, importance (Figure 6). strategies: random, tube, running cell and ReRo "
+        "(Figure 8). keep-ratios: several of them (Figure 9). frames: which of α·T frames InfoFrameSampler draws "
+        "(Figures 3 and 10). reconstruction: what a pre-trained model sees and predicts; where it was trained with "
+        "norm_pix_loss, each patch gets the original's mean and contrast back",
+    )
+    argument(
+        "--out", type=Path, help=".png, .pdf, .svg, or .gif or .mp4, which play the clip; default: everest-DRAW.png"
+    )
+    argument(
+        "--model",
+        help="local folder or hub id of a VideoMAE, or a checkpoint file of its family; default: a ViT-B's tubelet "
+        "embedding with random weights",
+    )
+    argument(
+        "--keep-ratio",
+        dest="keep_ratios",
+        type=float,
+        nargs="+",
+        metavar="RATIO",
+        help="share of the tokens to keep, several for keep-ratios; default: what the model records, else 0.3, or 0.6 "
+        "without a pixel decoder; 0.5 for strategies; 0.5 0.25 0.15 for keep-ratios",
+    )
+    argument(
+        "--distance", choices=["l2", "l1", "cosine", "cka"], help="S of Eq. 2; default: what the model records, or l2"
+    )
+    argument("--alpha", type=float, help="α of --draw frames; default: what the model records, or 1.5")
+    argument("--stride", type=int, default=4, help="frames from one sampled frame to the next")
+    argument(
+        "--start",
+        dest="starts",
+        type=int,
+        nargs="+",
+        metavar="FRAME",
+        help="where the clip begins, one number for all videos or one for each; default: the clip lies in the middle",
+    )
+    argument("--seed", type=int, default=0, help="of random selections, the frame sampler and random weights")
+    argument("--columns", type=int, default=8, help="the most time steps in a line of a still picture")
+    argument("--fps", type=float, default=5, help="frames a second of a .gif or .mp4")
+    argument(
+        "--layout",
+        choices=["readme", "paper"],
+        default="readme",
+        help="of still pictures; readme: 1200 pixels wide, paper: 6.75 inches at 300 dpi in small type",
+    )
+
+
+def run_visualize(options: Any) -> None:
+    from everest_tokens.visualize_command import visualize
+
+    out = visualize(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
+    print(f"drawn in {out.resolve()}")
 
 
 def add_inspect(commands: Any) -> None:
