@@ -1,0 +1,246 @@
+"""The figures of RESULTS.md and MOTION.md, each of rows that a benchmark measured; every one names its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from motion_clips import TEST_PHOTOS, Task, make_clips, photographs
+from torch import Tensor
+
+import everest_tokens as et
+from everest_tokens.visualization import draw, selection_part
+
+Row = dict[str, Any]
+# Okabe and Ito's colours, which the colour-blind tell apart, and a marker each for print.
+STYLES = {
+    "rero": ("#0072B2", "o", "EVEREST (ReRo)"),
+    "random": ("#E69F00", "s", "random (ST-MAE)"),
+    "tube": ("#009E73", "^", "tube (VideoMAE)"),
+    "running cell": ("#CC79A7", "D", "running cell (V2)"),
+    "ascending": ("#56B4E9", "v", "least changed"),
+    "all tokens": ("#000000", "*", "all tokens"),
+    "videomae": ("#000000", "*", "VideoMAE, 90 % tube"),
+    "paper": ("#D55E00", "x", "the paper's figure"),
+}
+BASELINE = "0.55"  # of bars: a grey
+GB = 1e9
+
+
+def panels(count: int, caption: str, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A row of axes as wide as a README shows, with what was measured where below them."""
+    figure = Figure(figsize=(9.0, height), dpi=130, layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    figure.supxlabel(caption, fontsize=9, color="0.35")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.9")
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def plot(axis: Axes, method: str, xs: Sequence[float], ys: Sequence[float], **more: Any) -> None:
+    """A method's points, joined, in its own colour and marker."""
+    colour, marker, label = STYLES[method]
+    more = {"markersize": 10 if marker == "*" else 6, "linewidth": 1.6, "label": label} | more
+    axis.plot(xs, ys, color=colour, marker=marker, **more)
+
+
+def bars(axis: Axes, groups: Sequence[str], series: dict[str, Sequence[float]], digits: str) -> None:
+    """Bars side by side in each group, labelled with their values."""
+    width = 0.8 / len(series)
+    for place, (method, values) in enumerate(series.items()):
+        at = [i + (place - (len(series) - 1) / 2) * width for i in range(len(groups))]
+        colour = STYLES[method][0] if method == "rero" else BASELINE
+        drawn = axis.bar(at, values, width * 0.92, color=colour, label=STYLES[method][2])
+        axis.bar_label(drawn, [format(value, digits) for value in values], fontsize=8, padding=2)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.margins(y=0.12)
+
+
+def gflops(rows: Iterable[Row]) -> Figure:
+    """Figure 1 (a): GFLOPs of one forward, VideoMAE and EVEREST, Table 1's settings; crosses are the paper's."""
+    table = [row for row in rows if row["table"] == "1"]
+    figure, axes = panels(2, "counted by count_flops from shapes, no device; pre-training at keep ratio 0.4, depth 4")
+    for axis, phase in zip(axes, ("pre-training", "fine-tuning"), strict=True):
+        sizes = list(dict.fromkeys(row["size"] for row in table))
+        found = {(r["what"], r["size"]): r for r in table if r["phase"] == phase}
+        series = {
+            m: [found[w, s]["gflops"] for s in sizes] for m, w in (("all tokens", "VideoMAE"), ("rero", "EVEREST"))
+        }
+        bars(axis, [f"ViT-{size}" for size in sizes], series, ".1f")
+        axis.containers[0].set_label("VideoMAE")
+        colour, marker, label = STYLES["paper"]
+        for place, what in ((-0.2, "VideoMAE"), (0.2, "EVEREST")):
+            paper = [found[what, size]["paper"] for size in sizes]
+            at = [i + place for i in range(len(sizes))]
+            axis.scatter(at, paper, color=colour, marker=marker, zorder=3, label=label if place > 0 else None)
+        axis.set_title(phase)
+        axis.set_ylabel("GFLOPs (multiply–accumulates) a clip")
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def memory_of(row: Row) -> float | None:
+    """Bytes: the allocator's peak where there is one, else what is saved for backward."""
+    peak = row["peak_allocated_bytes"]
+    return row["saved_bytes"] if peak is None else peak
+
+
+def memory_name(rows: Sequence[Row]) -> str:
+    peak = all(row["peak_allocated_bytes"] is not None for row in rows)
+    return "peak allocated, GB" if peak else "saved for backward, GB"
+
+
+def memory_by_size(rows: Sequence[Row], caption: str) -> Figure:
+    """Figure 1 (b): memory of a step, all tokens against ReRo, for each size."""
+    figure, axes = panels(2, caption)
+    for axis, phase in zip(axes, ("pre-training", "fine-tuning"), strict=True):
+        mine = [row for row in rows if row["phase"] == phase]
+        groups: dict[str, dict[bool, float]] = {}
+        for row in mine:
+            if row["method"] == "rero" or row["baseline"]:
+                groups.setdefault(f"ViT-{row['size']}\n{row['batch_size']} clip(s)", {})[row["baseline"]] = (
+                    memory_of(row) or 0.0
+                ) / GB
+        both = {name: pair for name, pair in groups.items() if len(pair) == 2}
+        first = "videomae" if phase == "pre-training" else "all tokens"
+        bars(
+            axis,
+            list(both),
+            {first: [p[True] for p in both.values()], "rero": [p[False] for p in both.values()]},
+            ".2f",
+        )
+        axis.set_title(phase)
+        axis.set_ylabel(memory_name(mine))
+        axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def speedup(rows: Sequence[Row], caption: str) -> Figure:
+    """Realised speed-up of a training step against the limit that the forward's multiply–accumulates set."""
+    figure, axes = panels(2, caption, height=4.0)
+    for axis, phase in zip(axes, ("pre-training", "fine-tuning"), strict=True):
+        mine = [r for r in rows if r["phase"] == phase and not r["baseline"] and r["step_ratio"]]
+        most = max([2.2, *(1 / r["gflops_ratio"] for r in mine), *(1 / r["step_ratio"] for r in mine)]) * 1.05
+        axis.plot([1, most], [1, most], color="0.6", linewidth=1, label="the FLOPs' limit")
+        axis.plot([1, most], [1 / 1.05, most / 1.05], color="0.6", linewidth=1, linestyle=":", label="5 % below")
+        for method in dict.fromkeys(r["method"] for r in mine):
+            points = [(1 / r["gflops_ratio"], 1 / r["step_ratio"], r) for r in mine if r["method"] == method]
+            plot(axis, method, [x for x, _, _ in points], [y for _, y, _ in points], linestyle="none")
+            for x, y, row in points:
+                if method == "rero":
+                    axis.annotate(row["size"], (x, y), textcoords="offset points", xytext=(6, -9), fontsize=8)
+        axis.set_title(phase)
+        axis.set_xlabel("all tokens' GFLOPs / the method's")
+        axis.set_ylabel("all tokens' step time / the method's")
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def sweep(rows: Sequence[Row], along: str, name: str, caption: str, value: Callable[[Row], float]) -> Figure:
+    """Time, then memory, of a step along one setting: as multiples of the baseline's, or absolute for frames."""
+    relative = along == "keep_ratio"
+    figure, axes = panels(2, caption)
+    for phase, line in (("fine-tuning", "-"), ("pre-training", "--")):
+        mine = [row for row in rows if row["phase"] == phase and not row["out_of_memory"]]
+        for method in ("videomae", "all tokens", "rero"):
+            points = sorted((row for row in mine if row["method"] == method), key=value)
+            if not points or (relative and points[0]["baseline"]):
+                continue
+            xs, more = [value(row) for row in points], {"linestyle": line, "label": f"{STYLES[method][2]}, {phase}"}
+            if relative:
+                plot(axes[0], method, xs, [row["step_ratio"] for row in points], **more)
+                ratio = [row["gflops_ratio"] for row in points]
+                axes[0].plot(xs, ratio, color="0.6", linestyle=line, linewidth=1, label=f"GFLOPs, {phase}")
+                plot(axes[1], method, xs, [row["saved_ratio"] for row in points], **more)
+            else:
+                plot(axes[0], method, xs, [row["median_seconds"] for row in points], **more)
+                plot(axes[1], method, xs, [(memory_of(row) or 0) / GB for row in points], **more)
+    axes[0].set_ylabel("step time / the unpatched model's" if relative else "seconds of a step")
+    axes[1].set_ylabel("bytes saved for backward / its" if relative else memory_name(rows))
+    for axis in axes:
+        axis.set_xlabel(name)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, least and largest."""
+    return sum(values) / len(values), min(values), max(values)
+
+
+def spread_plot(axis: Axes, method: str, points: Sequence[tuple[float, Sequence[float]]], **more: Any) -> None:
+    """(x, accuracies over the seeds): their mean, and from the least to the largest."""
+    ordered = sorted(points)
+    means = [mean_and_spread(values)[0] for _, values in ordered]
+    xs = [x for x, _ in ordered]
+    plot(axis, method, xs, [100 * mean for mean in means], **more)
+    low, high = [100 * min(v) for _, v in ordered], [100 * max(v) for _, v in ordered]
+    axis.fill_between(xs, low, high, color=STYLES[method][0], alpha=0.15, linewidth=0)
+
+
+def accuracy(groups: dict[str, list[tuple[float, float, Sequence[float], Row]]], chance: float, caption: str) -> Figure:
+    """Accuracy against GFLOPs, then accuracy while training, of all methods (Figure 5, Table 10).
+
+    Args:
+        groups: method → (keep ratio, MFLOPs of a forward, accuracies over the seeds, a record of it).
+    """
+    figure, axes = panels(2, caption, height=4.2)
+    for method, points in groups.items():
+        spread_plot(axes[0], method, [(mflops, values) for _, mflops, values, _ in points])
+    axes[0].set_xlabel("MFLOPs (multiply–accumulates) of a forward")
+    for method, points in groups.items():
+        # One curve a method: the keep ratio that serves it best.
+        _, mflops, _, record = max(points, key=lambda point: sum(point[2]) / len(point[2]))
+        steps = [step * mflops * 3 * record["settings"]["batch_size"] / 1e6 for step, _ in record["curve"]]
+        share = f", {record['kept'] / record['tokens']:.0%}" if method != "all tokens" else ""
+        label = f"{STYLES[method][2]}{share}"
+        plot(axes[1], method, steps, [100 * value for _, value in record["curve"]], label=label)
+    axes[1].set_xlabel("TFLOPs spent in training (3 × the forwards)")
+    for axis in axes:
+        axis.axhline(100 * chance, color="0.6", linewidth=1, linestyle=":")
+        axis.set_ylabel("accuracy, % (dotted: chance)")
+        axis.set_ylim(0, 100)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def failures(
+    panels_of: dict[str, dict[str, list[tuple[float, Sequence[float]]]]], chance: float, caption: str
+) -> Figure:
+    """Accuracy where change is no sign of the action: camera motion, flicker, noise."""
+    figure, axes = panels(len(panels_of), caption)
+    for axis, (name, methods) in zip(axes, panels_of.items(), strict=True):
+        for method, points in methods.items():
+            spread_plot(axis, method, points)
+        axis.axhline(100 * chance, color="0.6", linewidth=1, linestyle=":")
+        axis.set_xlabel(name)
+        axis.set_ylim(0, 100)
+    axes[0].set_ylabel("accuracy, % (dotted: chance)")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def task_clips(tasks: dict[str, Task], keep_ratio: float, patch: int) -> Figure:
+    """What the clips look like, and what ReRo keeps of them (by L2 between pixels, as no model is trained here)."""
+    parts = []
+    selector = et.ReRoSelector(keep_ratio)
+    for title, task in tasks.items():
+        clips, _ = make_clips(task, photographs(TEST_PHOTOS), 1, torch.Generator().manual_seed(3))
+        grid = (task.frames // 2, task.size // patch, task.size // patch)
+        tokens = tubelets(clips[0], patch)
+        chosen = et.TokenSelection(selector(tokens, grid), None, grid)
+        parts.append(selection_part(clips[0], {"kept": chosen}, title=title))
+    return draw(parts)
+
+
+def tubelets(frames: Tensor, patch: int) -> Tensor:
+    """Pixels of every tubelet in t-major order: (T, 3, H, W) → (1, N, 6·patch²) float32 in [0, 1]."""
+    t, c, h, w = frames.shape
+    blocks = frames.float().div(255).reshape(t // 2, 2, c, h // patch, patch, w // patch, patch)
+    return blocks.permute(0, 3, 5, 1, 2, 4, 6).reshape(1, -1, 2 * c * patch * patch)

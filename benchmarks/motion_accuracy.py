@@ -1,0 +1,419 @@
+"""Does the selection carry the signal? A small VideoMAE learns a motion task from chosen tokens, all else equal.
+
+The task is in motion_clips.py. Each experiment asks one question of the paper at a size that a CPU trains in minutes:
+
+    keep-ratio      ReRo, random, tube, running cell and all tokens, at 5 to 60 % of the tokens (Figure 5, Table 10)
+    longer          all tokens, random and tube with four times the steps
+    order           most against least changed tokens, in pre-training and in fine-tuning (Table 16)
+    distance        the four distances, in pre-training (Table 9) and in training from scratch
+    running-cell    ReRo against running cells in pre-training, then fine-tuning with all tokens (Table 17)
+    frame-sampler   InfoFrameSampler's α on clips whose action fills a third of the video (Table 13)
+    frames          16 against 24 frames (Table 12)
+    camera, flicker, noise   where change is no sign of the action any more
+
+Nothing here reproduces the paper's accuracies: see MOTION.md for what the task is and isn't.
+
+    python benchmarks/motion_accuracy.py                                    # everything; hours on two cores
+    python benchmarks/motion_accuracy.py --experiments keep-ratio --seeds 1 # minutes
+    python benchmarks/motion_accuracy.py --steps 6000 --methods "all tokens" --out long.json
+
+A run that was stopped goes on where it was: what stands in the file with the same settings isn't trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from documents import RESULTS, header, write
+from motion_clips import DIRECTIONS, TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
+
+import everest_tokens as et
+from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
+
+ALL = "all tokens"
+NONE = "none"  # trained as after pre-training, without one
+SELECTORS: dict[str, Callable[[float], Any]] = {
+    "rero": et.ReRoSelector,
+    "ascending": partial(et.ReRoSelector, descending=False),
+    "random": et.RandomSelector,
+    "tube": et.TubeSelector,
+    "running cell": et.RunningCellSelector,
+    **{distance: partial(et.ReRoSelector, distance=distance) for distance in ("l1", "cosine", "cka")},
+}
+KEEP_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.6)
+LONGER = 4000  # steps
+LOOKS = 5  # how often accuracy is taken during a training
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every model is built and trained."""
+
+    steps: int = 1000
+    pretraining_steps: int = 1200
+    finetuning_steps: int = 400
+    training_clips: int = 4096
+    labelled_clips: int = 512  # of the training clips, what fine-tuning after pre-training sees
+    test_clips: int = 1024
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    patch: int = 12
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+    decoder_width: int = 32
+    decoder_depth: int = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: pre-trained or not, then trained with labels.
+
+    Attributes:
+        method, keep_ratio: the selector of the training with labels.
+        pretraining, pretraining_keep_ratio: the selector of the pre-training; None to train with all labels from
+            scratch, "none" to train from scratch as others do after pre-training.
+        window: frames that the clip has, out of the task's; None for all. Where it starts is drawn for each clip.
+        alpha: of the InfoFrameSampler, which then draws the model's 16 of the window's frames.
+        every: takes every n-th frame of the window.
+        steps: of the training with labels; None for the settings'.
+    """
+
+    experiment: str
+    task: Task
+    method: str
+    keep_ratio: float | None = None
+    pretraining: str | None = None
+    pretraining_keep_ratio: float | None = None
+    window: int | None = None
+    alpha: float | None = None
+    every: int = 1
+    steps: int | None = None
+    seed: int = 0
+
+    @property
+    def model_frames(self) -> int:
+        """Frames that the encoder's clip has."""
+        return 16 if self.window is not None else self.task.frames
+
+
+def runs_of(experiment: str) -> Iterator[Run]:
+    """The models of one experiment, for one seed."""
+    task = Task()
+    scratch = partial(Run, experiment)
+    if experiment == "keep-ratio":
+        yield scratch(task, ALL)
+        for method in ("rero", "random", "tube"):
+            for keep_ratio in KEEP_RATIOS:
+                yield scratch(task, method, keep_ratio)
+        for keep_ratio in (0.25, 0.5):
+            yield scratch(task, "running cell", keep_ratio)
+            yield scratch(task, "rero", keep_ratio)
+        yield scratch(task, "ascending", 0.15)
+    elif experiment == "longer":
+        yield scratch(task, ALL, steps=LONGER)
+        for method in ("random", "tube"):
+            yield scratch(task, method, 0.3, steps=LONGER)
+    elif experiment == "order":
+        for pretraining in ("ascending", "rero"):
+            for method in ("ascending", "rero"):
+                yield scratch(task, method, 0.3, pretraining, 0.3)
+        yield scratch(task, "rero", 0.3, NONE)
+    elif experiment == "distance":
+        for distance in ("cosine", "cka", "l1", "rero"):
+            yield scratch(task, "rero", 0.3, distance, 0.3)
+            yield scratch(task, distance, 0.15)
+    elif experiment == "running-cell":
+        yield scratch(task, ALL, None, NONE)
+        yield scratch(task, ALL, None, "running cell", 0.5)
+        yield scratch(task, ALL, None, "rero", 0.3)
+    elif experiment == "frame-sampler":
+        task = Task(frames=48, action=1 / 3)
+        yield scratch(task, "rero", 0.15, window=16)
+        yield scratch(task, "rero", 0.15, window=32, every=2)
+        for alpha in (1.3, 1.5, 1.8, 2.0):
+            yield scratch(task, "rero", 0.15, window=2 * math.floor(8 * alpha + 1e-9), alpha=alpha)
+    elif experiment == "frames":
+        for frames in (16, 24):
+            yield scratch(Task(frames=frames), "rero", 0.3)
+    else:
+        harder = {
+            "camera": [{"camera": speed} for speed in (0.5, 1.5, 3.0)],
+            "flicker": [{"flicker": share} for share in (0.05, 0.1, 0.2)],
+            "noise": [{"noise": deviation} for deviation in (16.0, 32.0, 64.0)],
+        }[experiment]
+        for changes in harder:
+            yield scratch(replace(task, **changes), "rero", 0.15)
+            yield scratch(replace(task, **changes), ALL)
+
+
+EXPERIMENTS = (
+    "keep-ratio",
+    "longer",
+    "order",
+    "frame-sampler",
+    "running-cell",
+    "distance",
+    "camera",
+    "flicker",
+    "noise",
+    "frames",
+)
+
+
+@lru_cache(maxsize=2)
+def clips_of(task: Task, seed: int, training: bool, count: int) -> tuple[Tensor, Tensor]:
+    """The clips and labels of a task, the same for every run with this seed."""
+    generator = torch.Generator().manual_seed(2 * seed + training)
+    return make_clips(task, photographs(TRAINING_PHOTOS if training else TEST_PHOTOS), count, generator)
+
+
+class Batches:
+    """What a model is fed: windows of clips, turned if for training, normalised, on its device."""
+
+    def __init__(self, run: Run, settings: Settings, device: torch.device, training: bool) -> None:
+        count = settings.training_clips if training else settings.test_clips
+        self.clips, self.labels = clips_of(run.task, run.seed, training, count)
+        self.clips, self.labels = self.clips.to(device), self.labels.to(device)
+        # The same windows in every epoch: a clip's window is a part of the data.
+        frames = run.task.frames if run.window is None else run.window
+        generator = torch.Generator().manual_seed(run.seed)
+        start = torch.randint(run.task.frames - frames + 1, (count, 1), generator=generator)
+        self.frames = (start + torch.arange(0, frames, run.every)).to(device)
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.mean, self.scale = 255 * mean, 1 / (255 * std)
+
+    def take(self, index: Tensor, turn: int = 0) -> tuple[Tensor, Tensor]:
+        """float32 (B, T, 3, size, size) and labels (B,)."""
+        clips, labels = turned(self.clips[index[:, None], self.frames[index]], self.labels[index], turn)
+        return (clips.contiguous().float() - self.mean) * self.scale, labels
+
+
+def config_of(run: Run, settings: Settings) -> VideoMAEConfig:
+    return VideoMAEConfig(
+        image_size=run.task.size,
+        patch_size=settings.patch,
+        num_frames=run.model_frames,
+        hidden_size=settings.width,
+        num_hidden_layers=settings.depth,
+        num_attention_heads=settings.heads,
+        intermediate_size=4 * settings.width,
+        decoder_hidden_size=settings.decoder_width,
+        decoder_num_hidden_layers=settings.decoder_depth,
+        decoder_num_attention_heads=settings.heads,
+        decoder_intermediate_size=4 * settings.decoder_width,
+        num_labels=DIRECTIONS,
+        use_mean_pooling=True,
+    )
+
+
+def initialised(model: Any) -> Any:
+    """Linear and convolution weights with standard deviation 1/√fan-in, but for the classifier's.
+
+    transformers' 0.02 is made for a width of 768; at 64 it keeps every model at chance for hundreds of steps.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv3d)) and name != "classifier":
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return model
+
+
+def fit(model: Any, batches: Batches, steps: int, clips: int, seed: int, settings: Settings, look: Any = None) -> float:
+    """Train for `steps` on the first `clips` clips; returns the mean loss of the last tenth of the steps."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps, pct_start=0.1)
+    labelled = isinstance(model, VideoMAEForVideoClassification)
+    device = batches.clips.device
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for step in range(1, steps + 1):
+        index = torch.randint(clips, (settings.batch_size,), generator=generator).to(device)
+        turn = int(torch.randint(8, (), generator=generator))
+        pixels, labels = batches.take(index, turn)
+        loss = model(pixels, labels=labels).loss if labelled else model(pixels).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        if look is not None and step % max(steps // LOOKS, 1) == 0:
+            look(step)
+    return torch.stack(losses[-max(steps // 10, 1) :]).mean().item()
+
+
+@torch.no_grad()
+def accuracy(model: Any, batches: Batches) -> float:
+    """The share of the test clips that get their own label."""
+    model.eval()
+    right = 0
+    for index in torch.arange(len(batches.labels), device=batches.clips.device).split(128):
+        pixels, labels = batches.take(index)
+        right += int((model(pixels).logits.argmax(-1) == labels).sum())
+    model.train()
+    return right / len(batches.labels)
+
+
+@lru_cache(maxsize=2)
+def pretrained(run: Run, settings: Settings, device: torch.device) -> tuple[dict[str, Tensor], float]:
+    """The encoder's weights after pre-training, and the loss at its end. `run` without what comes after."""
+    model = initialised(VideoMAEForPreTraining(config_of(run, settings))).to(device).train()
+    assert run.pretraining is not None
+    # V2's dual masking sees a tube of 10 %; the others see a tenth of the clip, drawn from what they keep.
+    visible = et.TubeSelector(0.1) if run.pretraining == "running cell" else None
+    et.patch_videomae(model, SELECTORS[run.pretraining](run.pretraining_keep_ratio or 0.3), visible=visible)
+    batches = Batches(run, settings, device, training=True)
+    loss = fit(model, batches, settings.pretraining_steps, settings.training_clips, run.seed, settings)
+    return model.videomae.state_dict(), loss
+
+
+def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Train and test one model."""
+    torch.manual_seed(run.seed)
+    began = time.perf_counter()
+    steps, clips = run.steps or settings.steps, settings.training_clips
+    weights, pretraining_loss = None, None
+    if run.pretraining is not None:
+        steps, clips = settings.finetuning_steps, settings.labelled_clips
+    if run.pretraining not in (None, NONE):
+        before = replace(run, experiment="", method="", keep_ratio=None)
+        weights, pretraining_loss = pretrained(before, settings, device)
+    torch.manual_seed(run.seed)
+    model = initialised(VideoMAEForVideoClassification(config_of(run, settings)))
+    if weights is not None:
+        model.videomae.load_state_dict(weights, strict=False)  # the encoder's last norm is the classifier's fc_norm
+    if run.method != ALL:
+        sampler = None if run.alpha is None else et.InfoFrameSampler(run.alpha)
+        et.patch_videomae(model, SELECTORS[run.method](run.keep_ratio or 1.0), frame_sampler=sampler)
+    model = model.to(device).train()
+    test, curve = Batches(run, settings, device, training=False), []
+    loss = fit(
+        model,
+        Batches(run, settings, device, training=True),
+        steps,
+        clips,
+        run.seed,
+        settings,
+        lambda step: curve.append([step, accuracy(model, test)]),
+    )
+    tokens = (run.model_frames // 2) * (run.task.size // settings.patch) ** 2
+    kept = tokens if run.method == ALL else et.select_tokens(model, test.take(test.labels[:1] * 0)[0]).kept.shape[1]
+    return {
+        **asdict(run),
+        "tokens": tokens,
+        "kept": kept,
+        "gflops": et.count_flops(model).total / 1e9,
+        "accuracy": curve[-1][1] if curve and curve[-1][0] == steps else accuracy(model, test),
+        "curve": curve,
+        "loss": loss,
+        "pretraining_loss": pretraining_loss,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def key_of(record: dict[str, Any]) -> str:
+    """What tells a run from the others, whichever experiment asked for it first."""
+    return json.dumps({name: record[name] for name in sorted(Run.__dataclass_fields__) if name != "experiment"})
+
+
+def _worker(job: tuple[Run, Settings, str]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    run, settings, device = job
+    return train(run, settings, torch.device(device))
+
+
+def chosen_runs(experiments: list[str], methods: list[str] | None, seeds: int) -> list[Run]:
+    """Each model once, seed by seed, so that a run that is stopped has whole seeds; data sets stand together."""
+    runs: dict[str, Run] = {}
+    for seed in range(seeds):
+        for experiment in experiments:
+            for run in runs_of(experiment):
+                one = replace(run, seed=seed)
+                if methods is None or one.method in methods:
+                    runs.setdefault(key_of(asdict(one)), one)
+    return list(runs.values())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--methods", nargs="+", choices=[ALL, *SELECTORS], help="only these; all if not given")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: 3)")
+    parser.add_argument("--workers", type=int, help="processes; default: one a core on a CPU, one on a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "motion_accuracy.json")
+    for name in ("steps", "pretraining_steps", "finetuning_steps", "training_clips", "labelled_clips", "test_clips"):
+        default = getattr(Settings, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default: {default}")
+    options = parser.parse_args(arguments)
+    settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__ if name in options})
+    for name in ("seeds", "steps", "pretraining_steps", "finetuning_steps", "training_clips", "test_clips"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if not 1 <= settings.labelled_clips <= settings.training_clips:
+        parser.error(f"--labelled-clips must be in 1…{settings.training_clips}, got {settings.labelled_clips}")
+
+    on_cpu = torch.device(options.device).type == "cpu"
+    arguments = sys.argv[1:] if arguments is None else arguments
+    document = header("motion_accuracy.py", arguments, torch.device(options.device), settings=asdict(settings))
+    if on_cpu:
+        document["device"] = "CPU, 1 thread a model"
+    if options.out.is_file():
+        before = json.loads(options.out.read_text())
+        if before.get("settings") != document["settings"]:
+            parser.error(f"{options.out} holds runs with other settings: give another --out, or delete it")
+        document["runs"] = before["runs"]
+    done = {key_of(record) for record in document["runs"]}
+    runs = chosen_runs(options.experiments, options.methods, options.seeds)
+    waiting = [(run, settings, options.device) for run in runs if key_of(asdict(run)) not in done]
+    workers = options.workers or (os.cpu_count() or 1 if on_cpu else 1)
+    pool = multiprocessing.get_context("spawn").Pool(min(workers, max(len(waiting), 1)))
+    with pool, tqdm(total=len(waiting), desc="models", unit="model") as bar:
+        for record in pool.imap_unordered(_worker, waiting):
+            document["runs"].append(record)
+            write(document, options.out)
+            bar.set_postfix_str(f"{record['experiment']} {record['method']}: {record['accuracy']:.0%}")
+            bar.update()
+    print_table(document["runs"], {key_of(asdict(run)) for run in runs})
+    print(f"\nwritten to {options.out}")
+
+
+def print_table(records: list[dict[str, Any]], wanted: set[str]) -> None:
+    """Mean and spread over the seeds, a line a setting."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if key_of(record) in wanted:
+            groups.setdefault(key_of({**record, "seed": None}), []).append(record)
+    print(f"{'experiment':<15}{'pre-training':<14}{'method':<14}{'kept':>9}{'GFLOPs':>10}{'accuracy':>10}  over seeds")
+    for group in groups.values():
+        first = group[0]
+        values = [record["accuracy"] for record in group]
+        task = ", ".join(f"{k} {v}" for k, v in first["task"].items() if v != getattr(Task, k))
+        kept = f"{first['kept']}/{first['tokens']}"
+        more = ", ".join(filter(None, [task, first["alpha"] and f"α {first['alpha']}"]))
+        print(
+            f"{first['experiment']:<15}{first['pretraining'] or '':<14}{first['method']:<14}{kept:>9}"
+            f"{first['gflops']:>10.5f}{sum(values) / len(values):>10.1%}"
+            f"  {min(values):.1%} to {max(values):.1%}  {more}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The task of motion_accuracy.py: clips of a moving object over a real photograph, made from a seed.
+
+A disc cut out of one photograph moves over another one in one of eight directions, which is the label. Its place is
+uniform over the frame, whose edges are joined (what leaves on the left comes in on the right), and so is independent of
+the label: a single frame says nothing about it, only change does. A second disc, which stays where it is, shows that
+having the texture of an object isn't enough. Training clips and test clips are made of different photographs, the ones
+that scikit-image ships.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+DIRECTIONS = 8
+TRAINING_PHOTOS = ("astronaut", "coffee", "rocket", "brick", "grass", "motorcycle")
+TEST_PHOTOS = ("chelsea", "gravel", "hubble_deep_field", "camera")
+PHOTO_SIDE = 160  # pixels; a frame is a part of it, so that the detail in a frame is a photograph's
+_CHUNK = 128  # clips made at a time
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the clips are like; lengths in pixels.
+
+    Attributes:
+        frames: of a clip.
+        size: side of the square frames.
+        radius: of the discs.
+        speed: of the object, a frame.
+        noise: standard deviation of the sensor's noise, drawn anew for every pixel and frame, of 255.
+        camera: how far the photograph moves behind the discs, a frame, in a random direction.
+        flicker: standard deviation of each frame's brightness, as a share of it.
+        action: share of the frames during which the object moves, from a random frame on; before and after it rests.
+    """
+
+    frames: int = 16
+    size: int = 48
+    radius: int = 8
+    speed: float = 3.0
+    noise: float = 4.0
+    camera: float = 0.0
+    flicker: float = 0.0
+    action: float = 1.0
+
+
+@lru_cache(maxsize=2)
+def photographs(names: tuple[str, ...]) -> Tensor:
+    """uint8 (P, PHOTO_SIDE, PHOTO_SIDE, 3): the middle of each photograph, grey ones with three equal channels."""
+    from skimage import data
+
+    photos = []
+    for name in names:
+        image = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
+        pixels = torch.from_numpy(image.copy())
+        pixels = pixels.unsqueeze(-1).expand(-1, -1, 3) if pixels.ndim == 2 else pixels[..., :3]
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = pixels[top : top + side, left : left + side].permute(2, 0, 1)[None].float()
+        small = interpolate(square, (PHOTO_SIDE, PHOTO_SIDE), mode="bilinear", antialias=True)
+        photos.append(small[0].permute(1, 2, 0).round().clamp(0, 255).byte())
+    return torch.stack(photos)
+
+
+def velocity(labels: Tensor, speed: float) -> Tensor:
+    """labels (n,) → (n, 2) pixels a frame, down and to the right: label 0 moves right, 2 down, 4 left, 6 up."""
+    angle = labels * (2 * math.pi / DIRECTIONS)
+    return speed * torch.stack([angle.sin(), angle.cos()], dim=-1)
+
+
+def places(task: Task, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Where the object's centre is: (n, frames, 2) whole pixels, row and column, in a frame with joined edges."""
+    count = len(labels)
+    moving = max(round(task.action * task.frames), 1)
+    start = torch.randint(task.frames - moving + 1, (count, 1), generator=generator)
+    travelled = (torch.arange(task.frames) - start).clamp(0, moving)  # frames since it began to move
+    begin = torch.rand(count, 1, 2, generator=generator) * task.size
+    path = begin + velocity(labels, task.speed)[:, None] * travelled[..., None]
+    return path.round().long() % task.size
+
+
+def make_clips(task: Task, photos: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` clips of `task`.
+
+    Args:
+        photos: uint8 (P, side, side, 3), to cut backgrounds and discs from.
+
+    Returns:
+        clips uint8 (count, frames, 3, size, size) and labels int64 (count,).
+    """
+    made = [_make(task, photos, min(_CHUNK, count - done), generator) for done in range(0, count, _CHUNK)]
+    clips, labels = zip(*made, strict=True)
+    return torch.cat(clips), torch.cat(labels)
+
+
+def _make(task: Task, photos: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    side, along = photos.shape[1], torch.arange(task.size)
+
+    def drawn(most: int, *shape: int) -> Tensor:
+        return torch.randint(most, shape, generator=generator)
+
+    labels = drawn(DIRECTIONS, count)
+    photo = drawn(len(photos), count)
+    corner = drawn(side - task.size, count, 1, 2)
+    pan = torch.rand(count, 1, generator=generator) * 2 * math.pi
+    pan = task.camera * torch.cat([pan.sin(), pan.cos()], dim=1)[:, None]  # (n, 1, 2)
+    corner = corner + (pan * torch.arange(task.frames)[:, None]).round().long()  # (n, T, 2)
+    rows, columns = ((corner[..., i, None] + along) % side for i in (0, 1))  # (n, T, size)
+    if task.camera == 0:  # one background for all frames
+        rows, columns = rows[:, :1], columns[:, :1]
+    background = photos[photo[:, None, None, None], rows[..., :, None], columns[..., None, :]]  # (n, T or 1, H, W, 3)
+    clips = background.expand(-1, task.frames, -1, -1, -1).float().clone()
+
+    around = torch.arange(-task.radius, task.radius + 1)
+    disc = (around[:, None] ** 2 + around**2 <= task.radius**2).nonzero() - task.radius  # (M, 2)
+    clip, frame = torch.arange(count)[:, None, None], torch.arange(task.frames)[:, None]
+    resting = drawn(task.size, count, 1, 2).expand(-1, task.frames, -1)
+    for centre in (resting, places(task, labels, generator)):
+        cut = drawn(side - 2 * task.radius, count, 1, 2) + task.radius + disc  # (n, M, 2)
+        texture = photos[drawn(len(photos), count, 1), cut[..., 0], cut[..., 1]].float()  # (n, M, 3)
+        at = (centre[:, :, None] + disc) % task.size  # (n, T, M, 2)
+        clips[clip, frame, at[..., 0], at[..., 1]] = texture[:, None]
+    if task.flicker:
+        clips *= 1 + task.flicker * torch.randn(count, task.frames, 1, 1, 1, generator=generator)
+    clips += task.noise * torch.randn(clips.shape, generator=generator)
+    return clips.round().clamp(0, 255).byte().permute(0, 1, 4, 2, 3).contiguous(), labels
+
+
+def turned(clips: Tensor, labels: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+    """The same clips seen in one of the eight symmetries of a square, with the labels that they then have.
+
+    Args:
+        turn: 0 … 7; bit 0 mirrors left and right, bit 1 up and down, bit 2 exchanges rows and columns.
+    """
+    if turn & 1:
+        clips, labels = clips.flip(-1), (DIRECTIONS // 2 - labels) % DIRECTIONS
+    if turn & 2:
+        clips, labels = clips.flip(-2), -labels % DIRECTIONS
+    if turn & 4:
+        clips, labels = clips.transpose(-1, -2), (DIRECTIONS // 4 - labels) % DIRECTIONS
+    return clips, labels

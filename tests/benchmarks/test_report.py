@@ -1,0 +1,277 @@
+"""benchmarks/report.py and figures.py: what is written and drawn is what was measured, and the paper's is marked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import figures
+import gflops
+import pytest
+import report
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from motion_accuracy import EXPERIMENTS, Run, Settings, chosen_runs, key_of
+from PIL import Image
+from transformers.models.videomae import modeling_videomae
+
+HEADER = {
+    "device": "Testing device",
+    "world_size": 1,
+    "versions": {"torch": "0"},
+    "command": "python x",
+    "date": "today",
+}
+
+
+def step_row(method: str, phase: str, seconds: float, gflops_: float, saved: float, **more) -> dict:
+    base = method in ("all tokens", "videomae")
+    whole = {"fine-tuning": (10.0, 100.0, 8e9), "pre-training": (4.0, 40.0, 2e9)}[phase]
+    keep_ratio = None if base else 0.5 if method == "running cell" else 0.6 if phase == "fine-tuning" else 0.3
+    row = {"size": "B", "phase": phase, "frames": 16, "image_size": 224, "batch_size": 2, "dtype": "float32"}
+    row |= {"mode": "eager", "method": method, "baseline": base, "keep_ratio": keep_ratio, "tokens": 1568}
+    row |= {"kept": 1568 if base else 940, "visible": 940, "gflops": gflops_, "gflops_ratio": gflops_ / whole[1]}
+    row |= {"out_of_memory": False, "seconds": [seconds], "median_seconds": seconds, "first_step_seconds": seconds}
+    ratio = seconds / whole[0]
+    row |= {"clips_per_second": 2 / seconds, "step_ratio": ratio, "step_ratio_quartiles": [ratio, ratio]}
+    row |= {"saved_bytes": saved, "saved_ratio": saved / whole[2]}
+    row |= dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "peak_allocated_bytes_per_device"))
+    return row | more
+
+
+def step_rows() -> list[dict]:
+    return [
+        step_row("all tokens", "fine-tuning", 10.0, 100.0, 8e9),
+        step_row("rero", "fine-tuning", 5.0, 54.0, 4.8e9),
+        step_row("running cell", "fine-tuning", 4.5, 45.0, 4e9),
+        step_row("videomae", "pre-training", 4.0, 40.0, 2e9),
+        step_row("rero", "pre-training", 2.4, 22.0, 1e9),
+    ]
+
+
+def motion_records(seeds: int = 2) -> list[dict]:
+    """One record a run, whose accuracy tells it from the others: 0.5 + its number in thousandths, ± 0.01 a seed."""
+    records, numbers = [], {}
+    for run in chosen_runs(list(EXPERIMENTS), None, seeds):
+        record = report_record(run)
+        number = numbers.setdefault(key_of({**record, "seed": None}), len(numbers))
+        accuracy = 0.5 + number / 1000 + 0.01 * run.seed
+        records.append(record | {"accuracy": accuracy, "curve": [[500, accuracy / 2], [1000, accuracy]]})
+    return records
+
+
+def report_record(run: Run) -> dict:
+    kept = 128 if run.keep_ratio is None else int(128 * run.keep_ratio)
+    return asdict(run) | {"tokens": 128, "kept": kept, "gflops": 0.001 * kept, "loss": 1.0, "seconds": 1.0}
+
+
+def mean_of(records: list[dict], **wanted) -> str:
+    """Of seeds 0 and 1, as the report writes it."""
+    values = [r["accuracy"] for r in records if all(r[key] == value for key, value in wanted.items())]
+    assert len(values) == 2
+    return f"{sum(values) / 2:.1%} ({min(values):.1%}–{max(values):.1%})"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "train_step_x.json").write_text(json.dumps(HEADER | {"runs": step_rows()}))
+    settings = {"patch": 12, "batch_size": 32} | {"steps": Settings.steps}
+    (results / "motion_accuracy.json").write_text(json.dumps(HEADER | {"settings": settings, "runs": motion_records()}))
+    cost = {"size": "B", "phase": "fine-tuning", "batch_size": 2, "dtype": "float32", "mode": "eager", "distance": "l2"}
+    cost |= {"importance_seconds": 0.002, "top_k_seconds": 0.0005, "gather_seconds": 0.001, "select_seconds": 0.003}
+    (results / "selection_cost_x.json").write_text(json.dumps(HEADER | {"runs": [cost | {"share": 0.00061}]}))
+    return tmp_path
+
+
+def written(folder: Path) -> str:
+    report.main(["--results", str(folder / "results"), "--out", str(folder / "RESULTS.md")])
+    return (folder / "RESULTS.md").read_text()
+
+
+def line_of(text: str, *parts: str) -> list[str]:
+    """The cells of the one table line that has all parts."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and all(part in line for part in parts)]
+    assert len(lines) == 1, lines
+    return [cell.strip() for cell in lines[0].strip("|").split("|")]
+
+
+def test_step_ratios_and_targets(folder):
+    text = written(folder)
+    cells = line_of(text, "ViT-B fine-tuning, 2 clips, EVEREST")
+    assert cells[1:] == ["0.60", "940/1568", "54.0", "0.540", "5", "0.500 (0.500–0.500)", "0.4", "4.80", "0.600", "–"]
+    met = line_of(text, "ViT-B fine-tuning", "step time ratio")
+    assert met[2:] == ["≤ 0.567", "0.500", "met"]  # 1.05 · 0.54
+    missed = line_of(text, "ViT-B pre-training", "step time ratio")
+    assert missed[2:] == ["≤ 0.578", "0.600", "**missed**"]  # 1.05 · 0.55
+    assert "No GPU has been measured yet" in text
+    assert "| ViT-B pre-training, 2 clips, Testing device, float32, eager | 0.600 | 0.500 |" in text
+
+
+def test_memory_targets_where_a_gpu_was_measured(folder):
+    peaks = {"peak_allocated_bytes": 6e9, "peak_reserved_bytes": 7e9, "peak_allocated_bytes_per_device": 6e9}
+    rows = [
+        step_row("videomae", "pre-training", 4.0, 40.0, 2e9, batch_size=32, dtype="bfloat16", **peaks),
+        step_row("rero", "pre-training", 2.0, 22.0, 1e9, batch_size=32, dtype="bfloat16")
+        | {"peak_allocated_bytes": 4e9, "peak_reserved_bytes": 5e9, "peak_allocated_bytes_per_device": 4e9},
+    ]
+    (folder / "results" / "train_step_x.json").write_text(json.dumps(HEADER | {"device": "H", "runs": rows}))
+    text = written(folder)
+    assert line_of(text, "peak allocated, GB", "≤")[2:] == ["≤ 5.0", "4.00", "met"]
+    assert "No GPU has been measured yet" not in text
+    beside = [line for line in text.splitlines() if "| 0.500 | 0.667 |" in line]
+    assert len(beside) == 1  # time 2 / 4 s, memory 4 / 6 GB of the allocator's peak, not of what is saved
+
+
+def test_out_of_memory_is_written_and_leaves_no_ratio(folder):
+    nothing = dict.fromkeys(("median_seconds", "step_ratio", "step_ratio_quartiles", "saved_bytes", "saved_ratio"))
+    rows = step_rows()
+    rows[0] |= nothing | {"out_of_memory": True, "seconds": []}
+    rows[1] |= {"step_ratio": None, "step_ratio_quartiles": None, "saved_ratio": None}
+    rows[2] |= {"step_ratio": None, "step_ratio_quartiles": None, "saved_ratio": None}
+    (folder / "results" / "train_step_x.json").write_text(json.dumps(HEADER | {"runs": rows}))
+    text = written(folder)
+    assert line_of(text, "ViT-B fine-tuning, 2 clips, all tokens")[5] == "out of memory"
+    assert line_of(text, "ViT-B fine-tuning, 2 clips, EVEREST")[6] == "– (–––)"
+
+
+def test_motion_tables_hold_the_right_runs(folder):
+    text, records = written(folder), motion_records()
+    usual = [r for r in records if r["task"] == records[0]["task"] and r["steps"] is None]
+    assert line_of(text, "EVEREST (ReRo) | 0.05")[4] == mean_of(usual, method="rero", keep_ratio=0.05, pretraining=None)
+    order = line_of(text, "most changed | least changed")
+    assert order[2] == mean_of(usual, pretraining="rero", method="ascending")
+    assert order[3] == "75.6 %†"
+    distance = line_of(text, "33.53 %†")
+    assert distance[1] == mean_of(usual, pretraining="cosine", method="rero")
+    assert distance[2] == mean_of(usual, pretraining=None, method="cosine")
+    assert line_of(text, "42.81 %†")[2] == mean_of(usual, pretraining=None, method="rero", keep_ratio=0.15)
+    alpha = line_of(text, "drawn out of 24")
+    assert alpha[2:] == [mean_of(records, alpha=1.5), "73.85 %†"]
+    assert line_of(text, "in a row")[3] == "73.17 %†"
+    assert line_of(text, "every second frame of 32")[3] == "–"
+    frames = [r for r in records if r["task"]["frames"] == 24]
+    assert line_of(text, "94.42 %†")[2] == mean_of(frames, method="rero")
+    cells = line_of(text, "91.0 %†")
+    assert cells[1] == mean_of(usual, pretraining="running cell")
+    noisy = [r for r in records if r["task"]["noise"] == 64.0]
+    assert line_of(text, "noise", "| 64 |", "all tokens")[3] == mean_of(noisy, method="all tokens")
+    # The unharmed task is the first point of each curve, whichever experiment trained it.
+    assert line_of(text, "noise", "| 4 |", "EVEREST")[3] == mean_of(
+        usual, method="rero", keep_ratio=0.15, pretraining=None
+    )
+
+
+def test_every_number_of_the_paper_is_marked(folder):
+    """Numbers that stand in the paper's tables here appear with † or not at all."""
+    text = written(folder)
+    for table in (report.TABLE_9, report.TABLE_12, report.TABLE_13, report.TABLE_16, report.TABLE_17):
+        for value in table.values():
+            assert f"| {value} %† |" in text
+            assert f"{value} % |" not in text
+    assert "**†: the paper's number, not measured here.**" in text
+
+
+def test_selection_cost_in_milliseconds(folder):
+    cells = line_of(written(folder), "| l2 |", "2.00")
+    assert cells[2:] == ["2.00", "0.50", "1.00", "3.00", "0.061%"]
+
+
+def test_every_figure_is_linked_named_and_whole(folder):
+    text = written(folder)
+    drawn = sorted(path.name for path in (folder / "figures").iterdir())
+    assert drawn == [
+        "memory-testing-device-float32-eager.png",
+        "motion-accuracy.png",
+        "motion-clips.png",
+        "motion-failures.png",
+        "speedup-testing-device-float32-eager.png",
+    ]
+    for name in drawn:
+        assert f"](figures/{name})" in text
+        with Image.open(folder / "figures" / name) as picture:
+            assert picture.width > 1000
+
+
+def texts_of(figure) -> list[str]:
+    FigureCanvasAgg(figure).draw()
+    page = figure.bbox
+    # Ticks beyond an axis' ends exist too, but aren't drawn.
+    ticks = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()}
+    for artist in figure.findobj(Text):
+        if artist.get_text() and artist.get_visible() and artist not in ticks:
+            box = artist.get_window_extent()
+            assert box.x0 >= page.x0 - 1, artist
+            assert box.x1 <= page.x1 + 1, artist
+            assert box.y0 >= page.y0 - 1, artist
+            assert box.y1 <= page.y1 + 1, artist
+    return [artist.get_text() for artist in figure.findobj(Text)]
+
+
+def test_the_speedup_figure_draws_reciprocals():
+    figure = figures.speedup([row | {"device": "D"} for row in step_rows()], "Testing device")
+    assert "Testing device" in texts_of(figure)
+    finetuning = figure.axes[1]
+    points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in finetuning.lines[2:]}
+    assert points["EVEREST (ReRo)"] == pytest.approx((1 / 0.54, 2.0))
+    limit, below = finetuning.lines[:2]
+    assert list(limit.get_xdata()) == list(limit.get_ydata())
+    assert [y * 1.05 for y in below.get_ydata()] == pytest.approx(list(below.get_xdata()))
+
+
+def test_the_keep_ratio_sweep_draws_ratios_to_the_baseline():
+    rows = [step_row("all tokens", "fine-tuning", 10.0, 100.0, 8e9)]
+    rows += [step_row("rero", "fine-tuning", 10 * k, 100 * k, 8e9 * k, keep_ratio=k) for k in (0.2, 0.4, 0.8)]
+    figure = figures.sweep(rows, "keep_ratio", "keep ratio", "Testing device", lambda row: row["keep_ratio"] or 0)
+    texts_of(figure)
+    time, limit = figure.axes[0].lines
+    assert list(time.get_xdata()) == [0.2, 0.4, 0.8]
+    assert list(time.get_ydata()) == pytest.approx([0.2, 0.4, 0.8])
+    assert list(limit.get_ydata()) == pytest.approx([0.2, 0.4, 0.8])
+    assert list(figure.axes[1].lines[0].get_ydata()) == pytest.approx([0.2, 0.4, 0.8])
+
+
+def test_frames_are_drawn_in_seconds_and_gigabytes():
+    rows = []
+    for frames in (64, 16, 32):
+        rows.append(step_row("all tokens", "fine-tuning", float(frames), 100.0, 1e9 * frames, frames=frames))
+        rows.append(step_row("rero", "fine-tuning", frames / 2, 54.0, 5e8 * frames, frames=frames))
+    figure = figures.sweep(rows, "frames", "frames", "Testing device", lambda row: row["frames"])
+    texts_of(figure)
+    whole, rero = figure.axes[0].lines
+    assert (list(whole.get_xdata()), list(whole.get_ydata())) == ([16, 32, 64], [16.0, 32.0, 64.0])
+    assert list(rero.get_ydata()) == [8.0, 16.0, 32.0]
+    assert list(figure.axes[1].lines[1].get_ydata()) == [8.0, 16.0, 32.0]
+
+
+def test_gflops_figure_and_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling_videomae, "get_sinusoid_encoding_table", modeling_videomae.get_sinusoid_encoding_table)
+    results = tmp_path / "results"
+    gflops.main(["--tables", "1", "15", "--out", str(results / "gflops.json")])
+    text = written(tmp_path)
+    cells = line_of(text, "| 1 | EVEREST, ViT-S | fine-tuning")
+    assert cells[3:] == ["0.6", "29.03", "29.03", "29.1†", "-0.25 %"]
+    rows = json.loads((results / "gflops.json").read_text())["figures"]
+    figure = figures.gflops(rows)
+    texts_of(figure)
+    bars = figure.axes[1].containers
+    assert [bar.get_height() for bar in bars[1]] == [
+        row["gflops"] for row in rows if (row["table"], row["what"], row["phase"]) == ("1", "EVEREST", "fine-tuning")
+    ]
+
+
+def test_pixels_of_tubelets_in_the_order_of_the_grid():
+    frames = torch.zeros(4, 3, 4, 6, dtype=torch.uint8)
+    frames[2:, :, 2:4, 4:6] = 255  # the last place of the second step: token 2·(1·6 − …) counted below
+    tokens = figures.tubelets(frames, 2)
+    assert tokens.shape == (1, 2 * 2 * 3, 2 * 3 * 2 * 2)
+    assert tokens[0].sum(dim=1).nonzero().flatten().tolist() == [11]
+
+
+def test_no_results_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path), "--out", str(tmp_path / "x.md")])
+    assert "no JSON files" in capsys.readouterr().err
