@@ -239,7 +239,11 @@ def fit(model: Any, batches: Batches, steps: int, clips: int, seed: int, setting
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps, pct_start=0.1)
+    # A tenth of 10 steps is a warm-up of length 0, by which OneCycleLR would divide.
+    warm_up = 0.1 if steps > 10 else 0.3
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=steps, pct_start=warm_up
+    )
     labelled = isinstance(model, VideoMAEForVideoClassification)
     device = batches.clips.device
     generator = torch.Generator().manual_seed(seed)
@@ -254,7 +258,7 @@ def fit(model: Any, batches: Batches, steps: int, clips: int, seed: int, setting
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        if look is not None and step % max(steps // LOOKS, 1) == 0:
+        if look is not None and step * LOOKS // steps > (step - 1) * LOOKS // steps:
             look(step)
     return torch.stack(losses[-max(steps // 10, 1) :]).mean().item()
 
@@ -377,11 +381,14 @@ def main(arguments: list[str] | None = None) -> None:
         document["device"] = "CPU, 1 thread a model"
     if options.out.is_file():
         before = json.loads(options.out.read_text())
-        if before.get("settings") != document["settings"]:
-            parser.error(f"{options.out} holds runs with other settings: give another --out, or delete it")
+        for name in ("settings", "device"):
+            if before.get(name) != document[name]:
+                parser.error(f"{options.out} holds runs with other {name}: give another --out, or delete it")
         document["runs"] = before["runs"]
     done = {key_of(record) for record in document["runs"]}
     runs = chosen_runs(options.experiments, options.methods, options.seeds)
+    if not runs:
+        parser.error(f"no model of {', '.join(options.experiments)} is trained with {', '.join(options.methods)}")
     waiting = [(run, settings, options.device) for run in runs if key_of(asdict(run)) not in done]
     workers = options.workers or (os.cpu_count() or 1 if on_cpu else 1)
     pool = multiprocessing.get_context("spawn").Pool(min(workers, max(len(waiting), 1)))
@@ -391,6 +398,7 @@ def main(arguments: list[str] | None = None) -> None:
             write(document, options.out)
             bar.set_postfix_str(f"{record['experiment']} {record['method']}: {record['accuracy']:.0%}")
             bar.update()
+    write(document, options.out)
     print_table(document["runs"], {key_of(asdict(run)) for run in runs})
     print(f"\nwritten to {options.out}")
 
@@ -407,7 +415,8 @@ def print_table(records: list[dict[str, Any]], wanted: set[str]) -> None:
         values = [record["accuracy"] for record in group]
         task = ", ".join(f"{k} {v}" for k, v in first["task"].items() if v != getattr(Task, k))
         kept = f"{first['kept']}/{first['tokens']}"
-        more = ", ".join(filter(None, [task, first["alpha"] and f"α {first['alpha']}"]))
+        every = f"every {first['every']} of {first['window']}" if first["every"] > 1 else None
+        more = ", ".join(filter(None, [task, first["alpha"] and f"α {first['alpha']}", every]))
         print(
             f"{first['experiment']:<15}{first['pretraining'] or '':<14}{first['method']:<14}{kept:>9}"
             f"{first['gflops']:>10.5f}{sum(values) / len(values):>10.1%}"
