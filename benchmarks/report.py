@@ -176,6 +176,7 @@ def training(report: Report, folder: Path) -> None:
     """Step time and memory: Figure 1 (b), Tables 3 to 5, sweeps, and the targets."""
     found = documents(folder, "train_step")
     rows = rows_of(found)
+    usual = usual_cases(rows)
     report.add(
         [
             "## Training steps",
@@ -189,7 +190,7 @@ def training(report: Report, folder: Path) -> None:
     )
     for (device, dtype, mode), mine in grouped(rows, lambda r: (r["device"], r["dtype"], r["mode"])).items():
         caption = f"{device}, {dtype}, {mode}"
-        main = [row for row in mine if row["frames"] == 16 and usual_ratio(row)]
+        main = [row for row in mine if row["frames"] == 16 and row in usual]
         report.add([f"### {caption}", ""])
         name = slug(caption)
         fast = [row for row in main if not row["out_of_memory"] and row["step_ratio"] is not None]
@@ -211,10 +212,19 @@ def training(report: Report, folder: Path) -> None:
             "peak, GB",
         ]
         report.add(table(titles, (step_cells(row) for row in main)))
-        sweeps(report, [row for row in mine if not row["out_of_memory"]], caption, name)
+        sweeps(report, [row for row in mine if not row["out_of_memory"]], usual, caption, name)
     report.add(targets(rows))
-    report.add(paper_tables(rows))
+    report.add(paper_tables(usual))
     report.add(sources(found))
+
+
+def usual_cases(rows: Sequence[Row]) -> list[Row]:
+    """The rows of cases at the paper's keep ratios: a sweep measures the baseline anew beside each of the others."""
+    cases: list[list[Row]] = []
+    for row in rows:
+        cases += [[]] if row["baseline"] else []
+        cases[-1].append(row)
+    return [row for case in cases if all(map(usual_ratio, case)) for row in case]
 
 
 def model_of(row: Row) -> str:
@@ -251,7 +261,7 @@ def largest_batches(rows: Sequence[Row]) -> list[Row]:
     return chosen
 
 
-def sweeps(report: Report, rows: Sequence[Row], caption: str, name: str) -> None:
+def sweeps(report: Report, rows: Sequence[Row], usual: Sequence[Row], caption: str, name: str) -> None:
     """Time and memory against keep ratio, and against frames, where several were measured."""
     by_case = grouped(rows, lambda r: (r["size"], r["batch_size"], r["frames"]))
     for (size, batch, frames), mine in by_case.items():
@@ -260,7 +270,7 @@ def sweeps(report: Report, rows: Sequence[Row], caption: str, name: str) -> None
             figure = figures.sweep(mine, "keep_ratio", "keep ratio ρ_pre", title, lambda row: row["keep_ratio"] or 0)
             report.draw(f"keep-ratio-{size.lower()}-{name}", figure, "Time and memory of a step against the keep ratio")
     for (size, batch), mine in grouped(rows, lambda r: (r["size"], r["batch_size"])).items():
-        paper = [row for row in mine if usual_ratio(row)]
+        paper = [row for row in mine if row in usual]
         if len({row["frames"] for row in paper}) > 2:
             title = f"{caption}; ViT-{size}, {batch} clip(s)"
             figure = figures.sweep(paper, "frames", "frames of a clip", title, lambda row: row["frames"])
