@@ -385,6 +385,8 @@ def main(arguments: list[str] | None = None) -> None:
             if before.get(name) != document[name]:
                 parser.error(f"{options.out} holds runs with other {name}: give another --out, or delete it")
         document["runs"] = before["runs"]
+        commands = [*before["command"].split(" && "), document["command"]]
+        document["command"] = " && ".join(dict.fromkeys(commands))  # all that it took, each once
     done = {key_of(record) for record in document["runs"]}
     runs = chosen_runs(options.experiments, options.methods, options.seeds)
     if not runs:

@@ -544,7 +544,7 @@ def test_a_whole_run(tmp_path, capsys, monkeypatch):
         motion_accuracy, "multiprocessing", SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=NoPool))
     )
     run_main(out, *frames)
-    assert json.loads(out.read_text())["runs"] == document["runs"]  # the seconds too
+    assert json.loads(out.read_text()) == document  # the seconds too, and the one command
     text = out.read_text()
     with pytest.raises(SystemExit):
         run_main(out, *frames, "--steps", "3")
@@ -555,13 +555,19 @@ def test_a_whole_run(tmp_path, capsys, monkeypatch):
 @pytest.mark.usefixtures("one_process")
 def test_a_run_goes_on_where_it_was_and_prints_means_over_seeds(tmp_path, capsys):
     out = tmp_path / "motion.json"
-    one = run_main(out, "--experiments", "frames", "--seeds", "1")["runs"]
+    first = run_main(out, "--experiments", "frames", "--seeds", "1")
+    one = first["runs"]
     capsys.readouterr()
     # Another question that asks for a model that is there already: 16 frames at 0.3.
     both = run_main(out, "--experiments", "keep-ratio", "frames", "--methods", "rero", "--seeds", "1")["runs"]
     assert both[:2] == one
     assert len(both) == 2 + 6  # rero at 5, 10, 15, 25, 50 and 60 %
-    two = run_main(out, "--experiments", "frames", "--seeds", "2")["runs"]
+    last = run_main(out, "--experiments", "frames", "--seeds", "2")
+    commands = last["command"].split(" && ")  # every one that the runs came from
+    assert len(commands) == 3
+    assert commands[0] == first["command"]
+    assert "--seeds 2" in commands[2]
+    two = last["runs"]
     assert two[:8] == both
     assert [(run["seed"], run["task"]["frames"]) for run in two[8:]] == [(1, 16), (1, 24)]
     lines = capsys.readouterr().out.splitlines()
