@@ -58,7 +58,7 @@ def bars(axis: Axes, groups: Sequence[str], series: dict[str, Sequence[float]], 
         drawn = axis.bar(at, values, width * 0.92, color=colour, label=STYLES[method][2])
         axis.bar_label(drawn, [format(value, digits) for value in values], fontsize=8, padding=2)
     axis.set_xticks(range(len(groups)), groups)
-    axis.margins(y=0.12)
+    axis.margins(y=0.35)  # the legend stands above the bars
 
 
 def gflops(rows: Iterable[Row]) -> Figure:
@@ -84,6 +84,10 @@ def gflops(rows: Iterable[Row]) -> Figure:
     return figure
 
 
+def clips(row: Row) -> str:
+    return f"{row['batch_size']} clip{'' if row['batch_size'] == 1 else 's'}"
+
+
 def memory_of(row: Row) -> float | None:
     """Bytes: the allocator's peak where there is one, else what is saved for backward."""
     peak = row["peak_allocated_bytes"]
@@ -103,7 +107,7 @@ def memory_by_size(rows: Sequence[Row], caption: str) -> Figure:
         groups: dict[str, dict[bool, float]] = {}
         for row in mine:
             if row["method"] == "rero" or row["baseline"]:
-                groups.setdefault(f"ViT-{row['size']}\n{row['batch_size']} clip(s)", {})[row["baseline"]] = (
+                groups.setdefault(f"ViT-{row['size']}\n{clips(row)}", {})[row["baseline"]] = (
                     memory_of(row) or 0.0
                 ) / GB
         both = {name: pair for name, pair in groups.items() if len(pair) == 2}

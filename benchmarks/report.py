@@ -228,7 +228,7 @@ def usual_cases(rows: Sequence[Row]) -> list[Row]:
 
 
 def model_of(row: Row) -> str:
-    return f"ViT-{row['size']} {row['phase']}, {row['batch_size']} clip{'' if row['batch_size'] == 1 else 's'}"
+    return f"ViT-{row['size']} {row['phase']}, {figures.clips(row)}"
 
 
 def circumstances(row: Row) -> str:
@@ -264,15 +264,15 @@ def largest_batches(rows: Sequence[Row]) -> list[Row]:
 def sweeps(report: Report, rows: Sequence[Row], usual: Sequence[Row], caption: str, name: str) -> None:
     """Time and memory against keep ratio, and against frames, where several were measured."""
     by_case = grouped(rows, lambda r: (r["size"], r["batch_size"], r["frames"]))
-    for (size, batch, frames), mine in by_case.items():
+    for (size, _, frames), mine in by_case.items():
         if len({row["keep_ratio"] for row in mine if row["method"] == "rero"}) > 2:
-            title = f"{caption}; ViT-{size}, {batch} clip(s) of {frames} frames"
+            title = f"{caption}; ViT-{size}, {figures.clips(mine[0])} of {frames} frames"
             figure = figures.sweep(mine, "keep_ratio", "keep ratio ρ_pre", title, lambda row: row["keep_ratio"] or 0)
             report.draw(f"keep-ratio-{size.lower()}-{name}", figure, "Time and memory of a step against the keep ratio")
-    for (size, batch), mine in grouped(rows, lambda r: (r["size"], r["batch_size"])).items():
+    for (size, _), mine in grouped(rows, lambda r: (r["size"], r["batch_size"])).items():
         paper = [row for row in mine if row in usual]
         if len({row["frames"] for row in paper}) > 2:
-            title = f"{caption}; ViT-{size}, {batch} clip(s)"
+            title = f"{caption}; ViT-{size}, {figures.clips(mine[0])}"
             figure = figures.sweep(paper, "frames", "frames of a clip", title, lambda row: row["frames"])
             report.draw(
                 f"frames-{size.lower()}-{name}", figure, "Time and memory of a step against the number of frames"
