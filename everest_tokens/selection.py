@@ -86,6 +86,8 @@ pytree.register_pytree_node(
     to_dumpable_context=list,
     from_dumpable_context=tuple,
 )
+# Tensors and a tuple of numbers: torch.export's files that hold a selection load without arbitrary pickles.
+torch.serialization.add_safe_globals([TokenSelection])
 
 
 def count_per_step(kept: Tensor, grid: Grid) -> Tensor:

@@ -45,6 +45,10 @@ def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     except (ValueError, OSError, ImportError, TooManyBadVideos) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
+    finally:
+        # Its threads must not be alive when the interpreter ends: "terminate called without an active exception".
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
