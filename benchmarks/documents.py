@@ -25,6 +25,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def cpu_name() -> str:
+    """What Linux calls this processor, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0]}" if names else f"CPU {platform.machine()}"
+
+
 def header(script: str, arguments: Sequence[str], device: torch.device, **settings: Any) -> dict[str, Any]:
     """What a document of measurements says of where and how they were made; `settings` follow."""
     run = ["torchrun", "--nproc_per_node", str(world_size())] if dist.is_initialized() else ["python"]
@@ -32,7 +40,7 @@ def header(script: str, arguments: Sequence[str], device: torch.device, **settin
     return {
         "command": shlex.join([*run, f"benchmarks/{script}", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "world_size": world_size(),
         "machine": platform.machine(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, timm, et)}

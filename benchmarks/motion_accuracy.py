@@ -3,7 +3,7 @@
 The task is in motion_clips.py. Each experiment asks one question of the paper at a size that a CPU trains in minutes:
 
     keep-ratio      ReRo, random, tube, running cell and all tokens, at 5 to 60 % of the tokens (Figure 5, Table 10)
-    longer          all tokens, random and tube with four times the steps
+    longer          all tokens, random and tube with 4,000 steps
     order           most against least changed tokens, in pre-training and in fine-tuning (Table 16)
     distance        the four distances, in pre-training (Table 9) and in training from scratch
     running-cell    ReRo against running cells in pre-training, then fine-tuning with all tokens (Table 17)
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from documents import RESULTS, header, write
+from documents import RESULTS, cpu_name, header, write
 from motion_clips import DIRECTIONS, TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -56,7 +56,7 @@ SELECTORS: dict[str, Callable[[float], Any]] = {
     **{distance: partial(et.ReRoSelector, distance=distance) for distance in ("l1", "cosine", "cka")},
 }
 KEEP_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.6)
-LONGER = 4000  # steps
+LONGER = 4000  # steps, four times the default
 LOOKS = 5  # how often accuracy is taken during a training
 
 
@@ -92,6 +92,7 @@ class Run:
         window: frames that the clip has, out of the task's; None for all. Where it starts is drawn for each clip.
         alpha: of the InfoFrameSampler, which then draws the model's 16 of the window's frames.
         every: takes every n-th frame of the window.
+        uniform: draws the time steps without regard to their tokens, to tell what the longer window gives.
         steps: of the training with labels; None for the settings'.
     """
 
@@ -104,6 +105,7 @@ class Run:
     window: int | None = None
     alpha: float | None = None
     every: int = 1
+    uniform: bool = False
     steps: int | None = None
     seed: int = 0
 
@@ -148,7 +150,9 @@ def runs_of(experiment: str) -> Iterator[Run]:
         yield scratch(task, "rero", 0.15, window=16)
         yield scratch(task, "rero", 0.15, window=32, every=2)
         for alpha in (1.3, 1.5, 1.8, 2.0):
-            yield scratch(task, "rero", 0.15, window=2 * math.floor(8 * alpha + 1e-9), alpha=alpha)
+            window = 2 * math.floor(8 * alpha + 1e-9)
+            for uniform in (False, True):
+                yield scratch(task, "rero", 0.15, window=window, alpha=alpha, uniform=uniform)
     elif experiment == "frames":
         for frames in (16, 24):
             yield scratch(Task(frames=frames), "rero", 0.3)
@@ -203,6 +207,19 @@ class Batches:
         """float32 (B, T, 3, size, size) and labels (B,)."""
         clips, labels = turned(self.clips[index[:, None], self.frames[index]], self.labels[index], turn)
         return (clips.contiguous().float() - self.mean) * self.scale, labels
+
+
+class UniformFrameSampler(et.InfoFrameSampler):
+    """The control for InfoFrameSampler: all steps are equally likely; in evaluation, evenly spaced ones."""
+
+    def __call__(self, counts: Tensor, num_steps: int, generator: torch.Generator | None = None) -> Tensor:
+        """counts (B, ⌊α·τ⌋), not looked at → (B, τ)."""
+        return super().__call__(torch.ones_like(counts), num_steps, generator)
+
+    def most_probable(self, counts: Tensor, num_steps: int) -> Tensor:
+        """As `__call__`."""
+        steps = torch.linspace(0, counts.shape[1] - 1, num_steps, device=counts.device).round().long()
+        return steps.expand(len(counts), -1)
 
 
 def config_of(run: Run, settings: Settings) -> VideoMAEConfig:
@@ -304,7 +321,8 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
     if weights is not None:
         model.videomae.load_state_dict(weights, strict=False)  # the encoder's last norm is the classifier's fc_norm
     if run.method != ALL:
-        sampler = None if run.alpha is None else et.InfoFrameSampler(run.alpha)
+        kind = UniformFrameSampler if run.uniform else et.InfoFrameSampler
+        sampler = None if run.alpha is None else kind(run.alpha)
         et.patch_videomae(model, SELECTORS[run.method](run.keep_ratio or 1.0), frame_sampler=sampler)
     model = model.to(device).train()
     test, curve = Batches(run, settings, device, training=False), []
@@ -378,10 +396,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     document = header("motion_accuracy.py", arguments, torch.device(options.device), settings=asdict(settings))
     if on_cpu:
-        document["device"] = "CPU, 1 thread a model"
+        document["device"] = f"{cpu_name()}, 1 thread a model"
     if options.out.is_file():
         before = json.loads(options.out.read_text())
-        for name in ("settings", "device"):
+        for name in ("settings", "device", "versions"):
             if before.get(name) != document[name]:
                 parser.error(f"{options.out} holds runs with other {name}: give another --out, or delete it")
         document["runs"] = before["runs"]

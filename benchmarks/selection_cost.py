@@ -2,8 +2,9 @@
 
 For each distance of Eq. 2: importance, top-k (the sort of the importance and of the kept indices), the gather of the
 kept tokens' embeddings, and `policy.select` as the patched model calls it, in pre-training with the random split into
-visible and target. All take turns, eager or each compiled on its own with fullgraph. The step is ReRo's with distance
-l2, measured in the same run once a case: another distance changes it by no more than what is measured here.
+visible and target. All take turns, eager or each compiled on its own with fullgraph. The share is select's and the
+gather's. On a GPU it is at most that: alone, each waits for its launch, which a step hides. The step is ReRo's with
+distance l2, measured in the same run once a case: another distance changes it by no more than what is measured here.
 
     python benchmarks/selection_cost.py
     python benchmarks/selection_cost.py --sizes S B L --batch-sizes 1 4 --modes eager compile
@@ -12,6 +13,7 @@ l2, measured in the same run once a case: another distance changes it by no more
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,7 +24,7 @@ import torch
 from documents import RESULTS, header, write
 from torch import Tensor
 from tqdm import tqdm
-from train_step import Case, Shared, add_grid, cases_of
+from train_step import Case, Shared, add_grid, cases_of, check_grid
 
 import everest_tokens as et
 from everest_tokens.distances import DISTANCES
@@ -90,7 +92,7 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> li
         row = {name: getattr(case, name) for name in ("size", "phase", "batch_size", "frames", "dtype", "mode")}
         row |= {"keep_ratio": case.keep_ratio, "image_size": case.image_size, "distance": distance}
         row |= {f"{part}_seconds": medians[part] for part in PARTS}
-        row |= {"step_seconds": step_seconds, "share": medians["select"] / step_seconds}
+        row |= {"step_seconds": step_seconds, "share": (medians["select"] + medians["gather"]) / step_seconds}
         rows.append(row | {"seconds": seconds[f"{distance} select"]})
     return rows
 
@@ -113,8 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step-repeats", type=int, default=5, help="timed training steps; default 5")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if options.repeats < 1 or options.step_repeats < 1:
-        parser.error("--repeats and --step-repeats must be at least 1")
+    check_grid(parser, options, ("repeats", "step_repeats"))
+    if "LOCAL_RANK" in os.environ:
+        parser.error("one process measures one device: run it without torchrun")
     device = torch.device(options.device)
     out = options.out or RESULTS / f"selection_cost_{device.type}.json"
     document = header("selection_cost.py", arguments, device, warmup=WARMUP, repeats=options.repeats)

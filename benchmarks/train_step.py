@@ -61,6 +61,7 @@ MEMORY_TARGETS = {
     ("pre-training", "L", 32): 10.5e9,
     ("fine-tuning", "B", 16): 11e9,
 }
+STEP_TARGET = 1.05  # × the ratio of forward GFLOPs: what the ratio of ReRo's step time may be
 MEASURED = (
     *("median_seconds", "quartile_seconds", "first_step_seconds", "clips_per_second", "step_ratio"),
     *("step_ratio_quartiles", "saved_bytes", "saved_ratio"),
@@ -229,16 +230,18 @@ def free(device: torch.device) -> None:
 
 
 def prepare(variant: Variant, shared: Shared, device: torch.device) -> None:
-    """Build a method's model, count what backward needs (in eager mode) and run its first step, which compiles.
+    """Build a method's model, count what backward needs and run its first step, which compiles.
 
-    The count leaves out the parameters; it has the clips where the model keeps them, and autocast's copies of weights.
+    What a compiled graph keeps isn't seen, so that nothing is counted then. The count leaves out the parameters; it has
+    the clips where the model keeps them, and autocast's copies of weights.
     """
     model, inputs = shared.model_for(variant.row["method"])
     dtype = shared.case.autocast
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        forward = partial(model, **inputs)
-        variant.row["saved_bytes"] = measuring.bytes_saved_for_backward(forward, exclude=model.parameters())
-    if shared.case.mode == "compile":  # the unpatched pre-training model indexes by boolean masks: no full graph
+    if shared.case.mode == "eager":
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            forward = partial(model, **inputs)
+            variant.row["saved_bytes"] = measuring.bytes_saved_for_backward(forward, exclude=model.parameters())
+    else:  # the unpatched pre-training model indexes by boolean masks: no full graph
         model = torch.compile(model, fullgraph=model is not shared.plain, dynamic=False)
     variant.model, variant.inputs = model, inputs
     held = sum(parameter.nbytes for parameter in model.parameters()) if dist.is_initialized() else 0
@@ -309,29 +312,36 @@ def summarise(variant: Variant, baseline: Variant, device: torch.device) -> None
     if not baseline.failed:  # the first of the variants: its seconds are final
         ratios = [own / its for own, its in zip(seconds, base["seconds"], strict=True)]
         row["step_ratio"], row["step_ratio_quartiles"] = statistics.median(ratios), measuring.quartiles(ratios)
-        row["saved_ratio"] = row["saved_bytes"] / base["saved_bytes"]
+        if row["saved_bytes"] is not None:
+            row["saved_ratio"] = row["saved_bytes"] / base["saved_bytes"]
 
 
-def verdicts(rows: list[dict[str, Any]], cuda: bool) -> list[str]:
+def targets_of(row: dict[str, Any]) -> list[tuple[str, float | None, float, str]]:
+    """(what, measured, most, format) of a row that a target is set for; None measured where memory ran out."""
+    usual = row["frames"] == 16 and row["image_size"] == 224 and row["keep_ratio"] == PHASES[row["phase"]][1]
+    if row["method"] != "rero" or not usual:
+        return []
+    found: list[tuple[str, float | None, float, str]] = []
+    if row["size"] in ("B", "L") and (row["step_ratio"] is not None or row["out_of_memory"]):
+        found.append(("step time ratio", row["step_ratio"], STEP_TARGET * row["gflops_ratio"], ".3f"))
+    most = MEMORY_TARGETS.get((row["phase"], row["size"], row["batch_size"]))
+    peak = row["peak_allocated_bytes_per_device"]
+    if most and row["dtype"] == "bfloat16" and (peak is not None or row["out_of_memory"]):
+        found.append(("peak allocated a device, GB", None if peak is None else peak / 1e9, most / 1e9, ".2f"))
+    return found
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     """How ReRo stands to what it is to reach, where that was measured."""
     lines = []
-    for row in rows:
-        if row["method"] != "rero" or row["out_of_memory"]:
-            continue
-        if row["size"] in ("B", "L") and row["step_ratio"] is not None:
-            ratio, most = row["step_ratio"], 1.05 * row["gflops_ratio"]
-            verdict = "met" if ratio <= most else "MISSED"
-            lines.append(f"step ratio {ratio:.3f}, target ≤ 1.05 × GFLOPs ratio = {most:.3f}: {verdict}")
-        target = MEMORY_TARGETS.get((row["phase"], row["size"], row["batch_size"]))
-        usual = row["frames"] == 16 and row["image_size"] == 224 and row["keep_ratio"] == PHASES[row["phase"]][1]
-        peak = row["peak_allocated_bytes_per_device"]
-        if cuda and row["dtype"] == "bfloat16" and usual and target and peak is not None:
-            verdict = "met" if peak <= target else "MISSED"
-            lines.append(f"peak {peak / 1e9:.2f} GB a device, target ≤ {target / 1e9:.1f} GB: {verdict}")
+    for what, value, most, digits in (target for row in rows for target in targets_of(row)):
+        met = value is not None and value <= most
+        measured = "out of memory" if value is None else format(value, digits)
+        lines.append(f"{what} {measured}, target ≤ {most:{digits}}: {'met' if met else 'MISSED'}")
     return lines
 
 
-def table(rows: list[dict[str, Any]], cuda: bool) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The methods of one case side by side, and how they stand to the targets."""
     one = "ViT-{size} {phase}, {frames} frames of {image_size} px, {batch_size} clip(s) a device, {dtype}, {mode}"
     names = f"{'seconds':>10}{'ratio':>8}{'(quartiles)':>15}{'clips/s':>9}{'saved MiB':>11}{'ratio':>7}{'peak GB':>9}"
@@ -346,9 +356,10 @@ def table(rows: list[dict[str, Any]], cuda: bool) -> str:
             continue
         line += f"{row['median_seconds']:>10.4g}{shown(row['step_ratio'], '.3f'):>8}"
         line += f"{shown(low, '.3f')}–{shown(high, '.3f')}".rjust(15) + f"{row['clips_per_second']:>9.4g}"
-        line += f"{saved / 2**20:>11.1f}{shown(row['saved_ratio'], '.3f'):>7}{shown(peak and peak / 1e9, '.2f'):>9}"
+        line += f"{shown(saved and saved / 2**20, '.1f'):>11}{shown(row['saved_ratio'], '.3f'):>7}"
+        line += f"{shown(peak and peak / 1e9, '.2f'):>9}"
         lines.append(line)
-    return "\n".join([*lines, *(f"  {verdict}" for verdict in verdicts(rows, cuda))])
+    return "\n".join([*lines, *(f"  {verdict}" for verdict in verdicts(rows))])
 
 
 def shown(value: float | None, how: str) -> str:
@@ -368,6 +379,17 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="a multiple of 16; default 224")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<this script>_<device type>.json")
+
+
+def check_grid(parser: argparse.ArgumentParser, options: argparse.Namespace, counts: Sequence[str]) -> None:
+    """End with an error for what no model takes; `counts` are options that must be at least 1 too."""
+    for name, values in [("batch_sizes", options.batch_sizes), *((name, [getattr(options, name)]) for name in counts)]:
+        if min(values) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {min(values)}")
+    if min(options.frames) < 4 or any(frames % 2 for frames in options.frames):
+        parser.error(f"--frames must be even and at least 4 (two time steps), got {options.frames}")
+    if options.image_size < 16 or options.image_size % 16:
+        parser.error(f"--image-size must be a multiple of 16, got {options.image_size}")
 
 
 def cases_of(
@@ -408,8 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="untimed ones before, at least 1; default 2")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if min(options.repeats, options.warmup, *options.batch_sizes) < 1 or options.image_size % 16:
-        parser.error("--repeats, --warmup and --batch-sizes must be at least 1, --image-size a multiple of 16")
+    check_grid(parser, options, ("repeats", "warmup"))
     device = start(options.device)
     out = options.out or RESULTS / f"train_step_{device.type}.json"
     warmup = 1 + BUCKETS if dist.is_initialized() else options.warmup
@@ -433,7 +454,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows = run_case(case, variants, options, device, bar.update)
             document["runs"] += rows
             if first:
-                bar.write(table(rows, device.type == "cuda"))
+                bar.write(table(rows))
                 write(document, out)
     if first:
         print(f"\nwritten to {out}")

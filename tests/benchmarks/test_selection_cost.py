@@ -42,7 +42,7 @@ def test_a_run_of_both_phases(tmp_path, capsys):
     for row in rows:
         assert len(row["seconds"]) == 5
         assert row["select_seconds"] == statistics.median(row["seconds"])
-        assert row["share"] == row["select_seconds"] / row["step_seconds"]
+        assert row["share"] == (row["select_seconds"] + row["gather_seconds"]) / row["step_seconds"]
         assert min(row[f"{part}_seconds"] for part in selection_cost.PARTS) > 0
         assert (row["size"], row["frames"], row["dtype"], row["mode"]) == ("T", 8, "float32", "eager")
     assert len({row["step_seconds"] for row in rows}) == 4  # one step is measured for each case
@@ -77,3 +77,18 @@ def test_nothing_to_time_is_refused(tmp_path, capsys, option):
     with pytest.raises(SystemExit):
         run(tmp_path / "out.json", option, "0")
     assert "must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "2"], "--frames must be even and at least 4"),
+        (["--image-size", "100"], "--image-size must be a multiple of 16, got 100"),
+        (["--batch-sizes", "0"], "--batch-sizes must be at least 1, got 0"),
+        (["--step-repeats", "0"], "--step-repeats must be at least 1, got 0"),
+    ],
+)
+def test_what_no_model_takes_is_refused(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out.json", *arguments)
+    assert message in capsys.readouterr().err

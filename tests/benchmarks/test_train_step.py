@@ -80,7 +80,8 @@ def by_method(rows: list[dict], **wanted) -> dict[str, dict]:
 def test_the_header_says_where_and_how(document):
     assert document["command"].startswith("python benchmarks/train_step.py --sizes T --frames 8")
     assert set(document["versions"]) == {"torch", "transformers", "timm", "everest_tokens", "python"}
-    assert document["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert document["device"].startswith("CPU ")
+    assert document["device"].endswith(f", {torch.get_num_threads()} threads")
     assert (document["world_size"], document["warmup"], document["repeats"]) == (1, 2, 4)
     assert document["optimizer"] == "AdamW(fused)"
     assert len(document["runs"]) == 2 * 2 * 4
@@ -215,7 +216,7 @@ def test_options_are_multiplied_out(tmp_path):
         (["--repeats", "0"], "must be at least 1"),
         (["--batch-sizes", "2", "0"], "must be at least 1"),
         (["--image-size", "100"], "a multiple of 16"),
-        (["--frames", "7", "--methods"], "7 frames are not divisible"),
+        (["--frames", "7", "--methods"], "--frames must be even and at least 4 (two time steps), got [7]"),
         (["--sizes", "XXL"], "invalid choice"),
     ],
 )
@@ -238,7 +239,8 @@ def test_compile_takes_a_full_graph_of_patched_models_alone(tmp_path, monkeypatc
     rows = run(tmp_path / "out.json", *options, "--modes", "compile", "eager")["runs"]
     assert graphs == [(False, False), (True, True)]
     assert [row["mode"] for row in rows] == ["compile", "compile", "eager", "eager"]
-    assert [row["saved_bytes"] for row in rows[:2]] == [row["saved_bytes"] for row in rows[2:]]
+    assert [row["saved_bytes"] is None for row in rows] == [True, True, False, False]  # nobody sees into a graph
+    assert rows[1]["saved_ratio"] is None
     assert rows[1]["first_step_seconds"] > rows[1]["median_seconds"]
 
 
@@ -394,21 +396,21 @@ def row(method: str = "rero", **changes) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("changes", "cuda", "verdicts"),
+    ("changes", "verdicts"),
     [
-        ({"step_ratio": 0.525}, False, ["step met"]),
-        ({"step_ratio": 0.526}, False, ["step MISSED"]),
-        ({"size": "S"}, False, []),
-        ({"method": "random"}, False, []),
-        ({"out_of_memory": True}, True, []),
-        ({"step_ratio": None}, False, []),
-        ({"dtype": "bfloat16", "batch_size": 32, "peak_allocated_bytes_per_device": 5.0e9}, True, ["step met", "met"]),
-        ({"dtype": "bfloat16", "batch_size": 32, "peak_allocated_bytes_per_device": 5.01e9}, True, ["step met", "MIS"]),
-        ({"dtype": "float32", "batch_size": 32, "peak_allocated_bytes_per_device": 5.0e9}, True, ["step met"]),
-        ({"dtype": "bfloat16", "batch_size": 64, "peak_allocated_bytes_per_device": 5.0e9}, True, ["step met"]),
+        ({"step_ratio": 0.525}, ["step met"]),
+        ({"step_ratio": 0.526}, ["step MISSED"]),
+        ({"size": "S"}, []),
+        ({"method": "random"}, []),
+        ({"out_of_memory": True, "step_ratio": None}, ["step MISSED"]),
+        ({"image_size": 112}, []),
+        ({"step_ratio": None}, []),
+        ({"dtype": "bfloat16", "batch_size": 32, "peak_allocated_bytes_per_device": 5.0e9}, ["step met", "met"]),
+        ({"dtype": "bfloat16", "batch_size": 32, "peak_allocated_bytes_per_device": 5.01e9}, ["step met", "MIS"]),
+        ({"dtype": "float32", "batch_size": 32, "peak_allocated_bytes_per_device": 5.0e9}, ["step met"]),
+        ({"dtype": "bfloat16", "batch_size": 64, "peak_allocated_bytes_per_device": 5.0e9}, ["step met"]),
         (
             {"dtype": "bfloat16", "size": "L", "batch_size": 32, "peak_allocated_bytes_per_device": 10.4e9},
-            True,
             ["step met", "met"],
         ),
         (
@@ -416,21 +418,19 @@ def row(method: str = "rero", **changes) -> dict:
                 **{"dtype": "bfloat16", "phase": "fine-tuning", "keep_ratio": 0.6, "batch_size": 16},
                 "peak_allocated_bytes_per_device": 12e9,
             },
-            True,
             ["step met", "MISSED"],
         ),
         (
             {"dtype": "bfloat16", "batch_size": 32, "keep_ratio": 0.2, "peak_allocated_bytes_per_device": 4e9},
-            True,
-            ["step met"],
+            [],
         ),
     ],
 )
-def test_targets_are_judged_where_they_were_measured(changes, cuda, verdicts):
-    lines = train_step.verdicts([row(**changes)], cuda)
+def test_targets_are_judged_where_they_were_measured(changes, verdicts):
+    lines = train_step.verdicts([row(**changes)])
     assert len(lines) == len(verdicts)
     for line, verdict in zip(lines, verdicts, strict=True):
-        kind, wanted = ("step ratio", verdict[5:]) if verdict.startswith("step") else ("peak", verdict)
+        kind, wanted = ("step time ratio", verdict[5:]) if verdict.startswith("step") else ("peak", verdict)
         assert line.startswith(kind)
         assert line.split(": ")[1].startswith(wanted)
 
