@@ -139,8 +139,9 @@ def speedup(rows: Sequence[Row], caption: str) -> Figure:
                 if method == "rero":
                     axis.annotate(row["size"], (x, y), textcoords="offset points", xytext=(6, -9), fontsize=8)
         axis.set_title(phase)
-        axis.set_xlabel("all tokens' GFLOPs / the method's")
-        axis.set_ylabel("all tokens' step time / the method's")
+        whose = "VideoMAE's" if phase == "pre-training" else "all tokens'"
+        axis.set_xlabel(f"{whose} GFLOPs / the method's")
+        axis.set_ylabel(f"{whose} step time / the method's")
         axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -188,24 +189,30 @@ def spread_plot(axis: Axes, method: str, points: Sequence[tuple[float, Sequence[
     axis.fill_between(xs, low, high, color=STYLES[method][0], alpha=0.15, linewidth=0)
 
 
-def accuracy(groups: dict[str, list[tuple[float, float, Sequence[float], Row]]], chance: float, caption: str) -> Figure:
-    """Accuracy against GFLOPs, then accuracy while training, of all methods (Figure 5, Table 10).
+def accuracy(groups: dict[str, list[tuple[float, list[Row]]]], chance: float, caption: str) -> Figure:
+    """Accuracy against MFLOPs, then accuracy while training, of all methods (Figure 5, Table 10).
 
     Args:
-        groups: method → (keep ratio, MFLOPs of a forward, accuracies over the seeds, a record of it).
+        groups: method → (MFLOPs of a forward, its records, one a seed) for each keep ratio.
     """
     figure, axes = panels(2, caption, height=4.2)
     for method, points in groups.items():
-        spread_plot(axes[0], method, [(mflops, values) for _, mflops, values, _ in points])
+        ends = [(mflops, [record["accuracy"] for record in records]) for mflops, records in points]
+        spread_plot(axes[0], method, ends)
     axes[0].set_xlabel("MFLOPs (multiply–accumulates) of a forward")
     for method, points in groups.items():
-        # One curve a method: the keep ratio that serves it best.
-        _, mflops, _, record = max(points, key=lambda point: sum(point[2]) / len(point[2]))
-        steps = [step * mflops * 3 * record["settings"]["batch_size"] / 1e6 for step, _ in record["curve"]]
-        share = f", {record['kept'] / record['tokens']:.0%}" if method != "all tokens" else ""
-        label = f"{STYLES[method][2]}{share}"
-        plot(axes[1], method, steps, [100 * value for _, value in record["curve"]], label=label)
-    axes[1].set_xlabel("TFLOPs spent in training (3 × the forwards)")
+        # One curve a method: at the keep ratio with which it ends best.
+        mflops, records = max(points, key=lambda point: sum(r["accuracy"] for r in point[1]) / len(point[1]))
+        share = f", {records[0]['kept'] / records[0]['tokens']:.0%}" if method != "all tokens" else ""
+        spent = 3 * mflops * records[0]["settings"]["batch_size"] / 1e6  # TFLOPs of a step
+        curve = [
+            (step * spent, [record["curve"][look][1] for record in records])
+            for look, (step, _) in enumerate(records[0]["curve"])
+        ]
+        spread_plot(axes[1], method, curve, label=f"{STYLES[method][2]}{share}")
+    axes[1].set_xlabel(
+        "TFLOPs spent in training (3 × the forwards),\neach method at its best keep ratio by test accuracy"
+    )
     for axis in axes:
         axis.axhline(100 * chance, color="0.6", linewidth=1, linestyle=":")
         axis.set_ylabel("accuracy, % (dotted: chance)")

@@ -1,10 +1,10 @@
 """The task of motion_accuracy.py: clips of a moving object over a real photograph, made from a seed.
 
-A disc cut out of one photograph moves over another one in one of eight directions, which is the label. Its place is
-uniform over the frame, whose edges are joined (what leaves on the left comes in on the right), and so is independent of
-the label: a single frame says nothing about it, only change does. A second disc, which stays where it is, shows that
-having the texture of an object isn't enough. Training clips and test clips are made of different photographs, the ones
-that scikit-image ships.
+A disc, cut at random out of one of the photographs, moves over one of them in one of eight directions, which is the
+label. Its place is uniform over the frame, whose edges are joined (what leaves on the left comes in on the right), and
+so is independent of the label: a single frame says nothing about it, only change does. A second disc, which stays where
+it is, shows that having the texture of an object isn't enough. Training clips and test clips are made of different
+photographs, the ones that scikit-image ships.
 """
 
 from __future__ import annotations
@@ -83,6 +83,15 @@ def places(task: Task, labels: Tensor, generator: torch.Generator) -> Tensor:
     begin = torch.rand(count, 1, 2, generator=generator) * task.size
     path = begin + velocity(labels, task.speed)[:, None] * travelled[..., None]
     return path.round().long() % task.size
+
+
+def share_with_motion(task: Task, window: int) -> float:
+    """The share of windows in which the object is seen to move, where the window and the action begin uniformly."""
+    moving = max(round(task.action * task.frames), 1)
+    starts = [(w, a) for w in range(task.frames - window + 1) for a in range(task.frames - moving + 1)]
+    # The object moves between frames a and a + moving: one such pair of frames must lie in the window.
+    seen = [max(w, a) < min(w + window - 1, a + moving) for w, a in starts]
+    return sum(seen) / len(seen)
 
 
 def make_clips(task: Task, photos: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

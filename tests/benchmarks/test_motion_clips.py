@@ -398,3 +398,16 @@ def test_rero_finds_the_object_over_real_photographs():
     assert importance.gather(1, kept).gt(0).all()
     assert along_path.gather(1, kept).all()
     assert along_path.float().mean() < 0.2  # random tokens would come to this
+
+
+def test_windows_without_motion_counted_frame_by_frame():
+    """By looking at the object's places in every window of every start, instead of comparing the ends."""
+    task = Task(frames=12, action=1 / 3, speed=3.0)
+    for window in (2, 4, 7, 12):
+        moved = total = 0
+        for start in range(task.frames - 4 + 1):
+            travelled = [min(max(frame - start, 0), 4) for frame in range(task.frames)]
+            for first in range(task.frames - window + 1):
+                total += 1
+                moved += len(set(travelled[first : first + window])) > 1
+        assert motion_clips.share_with_motion(task, window) == moved / total
