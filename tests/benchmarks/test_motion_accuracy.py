@@ -74,6 +74,9 @@ def test_the_runs_of_the_papers_tables():
     assert settings_of("running-cell") == {
         (ALL, None, "running cell", 0.5),
         (ALL, None, "rero", 0.3),
+        ("rero", 0.3, NONE, None),
+        ("rero", 0.3, "running cell", 0.5),
+        ("rero", 0.3, "rero", 0.3),
         (ALL, None, NONE, None),
     }  # Table 17
     distances = ("rero", "l1", "cosine", "cka")
