@@ -2,6 +2,8 @@
 
     python benchmarks/report.py
 
+results/notes.md is included below the targets: what remains where one is missed, and why.
+
 A number in RESULTS.md was measured by the named script on the named device, or it is the paper's and marked † so.
 """
 
@@ -212,6 +214,9 @@ def training(report: Report, folder: Path) -> None:
         report.add(table(titles, (step_cells(row) for row in main)))
         sweeps(report, [row for row in mine if not row["out_of_memory"]], caption, name)
     report.add(targets(rows))
+    notes = folder / "notes.md"
+    if notes.is_file():
+        report.add([*notes.read_text().splitlines(), ""])
     report.add(paper_tables([row for row in rows if row["usual"]]))
     report.add(table_3(rows))
     report.add(sources(found))

@@ -107,8 +107,8 @@ def add_visualize(commands: Any) -> None:
     )
     argument(
         "--model",
-        help="local folder or hub id of a VideoMAE, or a checkpoint file of its family; default: a ViT-B's tubelet "
-        "embedding with random weights",
+        help="local folder or hub id of a VideoMAE, or a checkpoint file of its family, patched or not (other models: "
+        "everest_tokens.pictures, from Python); default: a ViT-B's tubelet embedding with random weights",
     )
     argument(
         "--keep-ratio",

@@ -235,6 +235,12 @@ def test_another_image_size_is_not_judged_and_compile_saves_nothing_known(folder
     assert not any("memory" in path.name and "compile" in path.name for path in (folder / "figures").iterdir())
 
 
+def test_notes_stand_below_the_targets(folder):
+    (folder / "results" / "notes.md").write_text("Why it was missed.\n")
+    text = written(folder)
+    assert text.index("**missed**") < text.index("Why it was missed.") < text.index("### Beside Tables")
+
+
 def test_files_of_an_older_script_are_refused_by_name(folder):
     (folder / "results" / "train_step_old.json").write_text(json.dumps(HEADER | {"results": []}))
     with pytest.raises(ValueError, match=r"train_step_old\.json has no runs"):
