@@ -21,7 +21,7 @@ import figures
 from documents import RESULTS
 from motion_clips import DIRECTIONS, Task, share_with_motion
 from tqdm import tqdm
-from train_step import MEMORY_TARGETS, PHASES, STEP_TARGET, targets_of
+from train_step import MEMORY_TARGETS, PHASES, SIZES, STEP_TARGET, targets_of
 
 Row = dict[str, Any]
 # Whole-node figures of the paper: Table 4 (ViT-B, pre-training, batch of 128), Table 5 (ViT-B, fine-tuning, 128) and
@@ -194,7 +194,7 @@ def training(report: Report, folder: Path) -> None:
         fast = [row for row in main if not row["out_of_memory"] and row["step_ratio"] is not None]
         if fast:
             report.draw(f"speedup-{name}", figures.speedup(fast, caption), "Realised speed-up against the FLOPs' limit")
-            largest = largest_batches(fast)
+            largest = sorted(largest_batches(fast), key=lambda row: list(SIZES).index(row["size"]))
             if all(figures.memory_of(row) for row in largest):
                 figure = figures.memory_by_size(largest, caption)
                 report.draw(f"memory-{name}", figure, "Memory of a training step by size")
@@ -273,13 +273,13 @@ def largest_batches(rows: Sequence[Row]) -> list[Row]:
 
 def sweeps(report: Report, rows: Sequence[Row], caption: str, name: str) -> None:
     """Time and memory against keep ratio, and against frames, where several were measured."""
-    by_case = grouped(rows, lambda r: (r["size"], r["batch_size"], r["frames"]))
-    for (size, _, frames), mine in by_case.items():
+    by_case = grouped(rows, lambda r: (r["file"], r["size"], r["batch_size"], r["frames"]))
+    for (_, size, _, frames), mine in by_case.items():
         if len({row["keep_ratio"] for row in mine if row["method"] == "rero"}) > 2:
             title = f"{caption}; ViT-{size}, {figures.clips(mine[0])} of {frames} frames"
             figure = figures.sweep(mine, "keep_ratio", "keep ratio ρ_pre", title, lambda row: row["keep_ratio"] or 0)
             report.draw(f"keep-ratio-{size.lower()}-{name}", figure, "Time and memory of a step against the keep ratio")
-    for (size, _), mine in grouped(rows, lambda r: (r["size"], r["batch_size"])).items():
+    for (_, size, _), mine in grouped(rows, lambda r: (r["file"], r["size"], r["batch_size"])).items():
         paper = [row for row in mine if row["usual"]]
         if len({row["frames"] for row in paper}) > 2:
             title = f"{caption}; ViT-{size}, {figures.clips(mine[0])}"
