@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from trainer import TooManyBadVideos, VideoTrainer, checkpoint_to_resume
@@ -40,16 +42,27 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Run a script's work; what the caller got wrong ends in one line on standard error and status 2."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    status = 0
     try:
         run(arguments)
     except (ValueError, OSError, ImportError, TooManyBadVideos) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        # Its threads must not be alive when the interpreter ends: "terminate called without an active exception".
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        status = 2
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and not torch.accelerator.is_available():
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End one of several processes on CPUs without finalising the interpreter.
+
+    Threads of gloo and of FSDP may still want it then, and a finished run would abort ("terminate called without an active
+    exception"). What has registered for the end (loggers of runs) is called all the same.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def resume_point(training: TrainingArguments, recipe: Any) -> str | None:
