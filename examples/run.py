@@ -56,8 +56,8 @@ def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
 def _leave(status: int) -> NoReturn:
     """End one of several processes on CPUs without finalising the interpreter.
 
-    Threads of gloo and of FSDP may still want it then, and a finished run would abort ("terminate called without an active
-    exception"). What has registered for the end (loggers of runs) is called all the same.
+    Threads of gloo and of FSDP may still want it then, and a finished run would abort ("terminate called without an
+    active exception"). What has registered for the end (loggers of runs) is called all the same.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
