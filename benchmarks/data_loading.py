@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import statistics
 import sys
@@ -28,12 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from documents import write
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from everest_tokens.demo import sample_video
-from everest_tokens.measuring import median_ratio, paired_seconds
+from everest_tokens.measuring import median_ratio, paired_seconds, quartiles
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # scripts, no package
@@ -98,10 +98,10 @@ class Rounds:
 
 def summary(seconds: list[float], clips: int) -> dict[str, Any]:
     """Clips a second over rounds of `clips` clips each: median and quartiles."""
-    rates = sorted(clips / one for one in seconds)
+    rates = [clips / one for one in seconds]
     return {
         "clips_per_second": statistics.median(rates),
-        "quartiles": [rates[len(rates) // 4], rates[(3 * len(rates)) // 4]],
+        "quartiles": quartiles(rates),
         "seconds": seconds,
     }
 
@@ -110,7 +110,7 @@ def measure(videos: list[Path], frames: int, stride: int, rounds: int, progress:
     """Both ways on the same clips of these videos."""
     steps = Rounds(videos, Sampling(frames, stride))
     timed = paired_seconds({"usual": steps.usual, "everest": steps.everest}, rounds, warmup=1, progress=progress)
-    ratios = sorted(usual / ours for usual, ours in zip(timed["usual"], timed["everest"], strict=True))
+    ratios = [usual / ours for usual, ours in zip(timed["usual"], timed["everest"], strict=True)]
     return {
         "videos": [video.name for video in videos],
         "frames": frames,
@@ -118,7 +118,7 @@ def measure(videos: list[Path], frames: int, stride: int, rounds: int, progress:
         "usual": summary(timed["usual"], len(videos)),
         "everest": summary(timed["everest"], len(videos)),
         "ratio": median_ratio(timed["usual"], timed["everest"]),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
+        "ratio_quartiles": quartiles(ratios),
     }
 
 
@@ -169,8 +169,7 @@ def main() -> None:
         "size": SIZE,
         "results": results,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    write(document, options.out)
     print(f"\nwritten to {options.out}")
 
 

@@ -13,7 +13,6 @@ although Table 7 says 0.3, which gives Table 10's 19.81.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from documents import write
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -165,8 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     versions["python"] = platform.python_version()
     command = "python benchmarks/gflops.py" + "".join(f" {item}" for item in (arguments or sys.argv[1:]))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"command": command, "versions": versions, "figures": rows}, indent=1) + "\n")
+    write({"command": command, "versions": versions, "figures": rows}, options.out)
 
 
 if __name__ == "__main__":
