@@ -1,4 +1,4 @@
-"""Pixels of chosen tubelets against plain slicing, their embedding and its gradients against a Conv3d."""
+"""Pixels of tubelets against plain slicing, their embedding and its gradients against a Conv3d."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from everest_tokens.selectors import ReRoSelector
 from everest_tokens.tubelets import (
     TubeletSize,
     embed_chosen,
+    embed_tubelets,
     gather_tokens,
     gather_tubelets,
-    is_plain_conv3d,
     is_unhooked,
+    only_tiles,
+    unfold_tubelets,
 )
 
 SHAPES = [  # (T, C, H, W), tubelet: never square in anything
@@ -135,7 +139,103 @@ def test_tubelets_of_whole_numbers_keep_their_type() -> None:
     assert torch.equal(got, slice_tubelets(pixels, index, size))
 
 
+@pytest.mark.parametrize("layout", ["B T C H W", "B C T H W"])
+@pytest.mark.parametrize(("shape", "size"), SHAPES, ids=IDS)
+def test_unfolded_tubelets_against_slices(shape: tuple[int, ...], size: TubeletSize, layout: str) -> None:
+    pixels = torch.randn(2, *shape)
+    if layout == "B C T H W":  # a view of such a clip
+        pixels = pixels.transpose(1, 2).contiguous().transpose(1, 2)
+    t, h, w = size.grid(shape[0], shape[2], shape[3])
+    every = torch.arange(t * h * w).expand(2, -1)
+    assert torch.equal(unfold_tubelets(pixels, size), slice_tubelets(pixels, every, size).flatten(2))
+
+
+def test_unfolded_tubelets_have_the_type_of_autocast() -> None:
+    shape, size = SHAPES[0]
+    pixels = torch.randn(2, *shape)
+    plain = unfold_tubelets(pixels, size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(unfold_tubelets(pixels, size), plain.bfloat16())
+        assert unfold_tubelets(pixels.double(), size).dtype == torch.float64  # autocast leaves it alone
+        assert unfold_tubelets(pixels.to("meta"), size).dtype == torch.float32  # which knows no autocast
+
+
 # Embedding
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "size"), SHAPES, ids=IDS)
+def test_the_product_is_the_convolution(
+    shape: tuple[int, ...], size: TubeletSize, bias: bool, dtype: torch.dtype, rounding: float, memory: Any
+) -> None:
+    projection = make_projection(shape[1], size, bias=bias, dtype=dtype).to(memory_format=memory)
+    pixels = torch.randn(2, *shape, dtype=dtype)
+    got = embed_tubelets(unfold_tubelets(pixels, size), projection)
+    exact = projection.double()
+    expected = embed_clip(pixels.double(), exact.weight, exact.bias).detach()
+    assert got.dtype == dtype
+    assert not got.requires_grad
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=rounding * float(expected.abs().max()))
+
+
+def test_the_product_does_the_work_of_the_convolution() -> None:
+    """At a ViT-B's size, by torch's own counter: a product with something else would cost something else."""
+    size = TubeletSize(2, 16, 16)
+    projection = make_projection(3, size, 768).to("meta")
+    pixels = torch.empty(1, 16, 3, 224, 224, device="meta")
+    counts = []
+    for embed in (
+        lambda: embed_tubelets(unfold_tubelets(pixels, size), projection),
+        lambda: projection(pixels.transpose(1, 2)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            embed()
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 1568 * 1536 * 768] * 2
+
+
+def test_the_product_leaves_nothing_in_the_cache_of_autocast() -> None:
+    """A cast made without grad that autocast kept would cut the gradient of the projection's next own call."""
+    shape, size = SHAPES[0]
+    projection, pixels = make_projection(3, size), torch.randn(2, *shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embed_tubelets(unfold_tubelets(pixels, size), projection)
+        projection(pixels.transpose(1, 2)).float().sum().backward()
+    assert projection.weight.grad is not None
+    assert projection.bias is not None
+    assert projection.bias.grad is not None
+
+
+def test_kept_tokens_differ_from_the_convolutions_by_rounding_alone() -> None:
+    """In float64 the same tokens; in float32 only tokens whose importances are closer than rounding change places."""
+    size, grid = TubeletSize(2, 4, 4), (8, 8, 8)
+    projection, selector = make_projection(3, size, 32), ReRoSelector(0.3)
+    pixels = torch.randn(4, 16, 3, 32, 32)
+    single = [
+        embed_tubelets(unfold_tubelets(pixels, size), projection),
+        embed_clip(pixels, projection.weight, projection.bias).detach(),
+    ]
+    exact = projection.double()
+    double = [
+        embed_tubelets(unfold_tubelets(pixels.double(), size), exact),
+        embed_clip(pixels.double(), exact.weight, exact.bias).detach(),
+    ]
+    expected = selector(double[0], grid)
+    assert torch.equal(expected, selector(double[1], grid))
+
+    steps = double[1].unflatten(1, (grid[0], -1))  # importance by hand: Eq. 2 in float64
+    change = (steps[:, 1:] - steps[:, :-1]).norm(dim=-1)
+    importance = torch.cat([change[:, :1], change], dim=1).flatten(1)
+    least = importance.gather(1, expected).amin(dim=1)
+    for tokens in single:
+        for clip, kept in enumerate(selector(tokens, grid)):
+            others = sorted(set(kept.tolist()) ^ set(expected[clip].tolist()))
+            assert (importance[clip, others] - least[clip]).abs().le(1e-5 * least[clip]).all()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -148,7 +248,7 @@ def test_value_and_gradients_of_an_embedding(shape: tuple[int, ...], size: Tubel
     with torch.no_grad():
         embedded = embed_clip(pixels, projection.weight, projection.bias)
 
-    got = embed_chosen(embedded, pixels, index, projection, size)
+    got = embed_chosen(embedded, unfold_tubelets(pixels, size), index, projection)
     expected = embed_all_then_gather(pixels, index, projection)
     assert torch.equal(got, gather_tokens(embedded, index))
     torch.testing.assert_close(got, expected)
@@ -164,7 +264,7 @@ def test_gradients_accumulate_in_the_parameters() -> None:
     projection, pixels, index = make_projection(3, size), torch.randn(2, *shape), some_positions(shape, size)
     embedded = embed_clip(pixels, projection.weight, projection.bias).detach()
     for _ in range(2):
-        embed_chosen(embedded, pixels, index, projection, size).square().sum().backward()
+        embed_chosen(embedded, unfold_tubelets(pixels, size), index, projection).square().sum().backward()
     got = [parameter.grad for parameter in projection.parameters()]
     once = torch.autograd.grad(
         embed_all_then_gather(pixels, index, projection).square().sum(), list(projection.parameters())
@@ -184,7 +284,7 @@ def test_first_and_second_derivatives(bias: bool) -> None:
     def embed(pixels: Tensor, weight: Tensor, offset: Tensor | None = None) -> Tensor:
         embedded = embed_clip(pixels, weight, offset).detach()
         projection: Any = SimpleNamespace(weight=weight, bias=offset)
-        return embed_chosen(embedded, pixels, index, projection, size)
+        return embed_chosen(embedded, unfold_tubelets(pixels, size), index, projection)
 
     inputs = (pixels, weight, offset) if offset is not None else (pixels, weight)
     assert torch.autograd.gradcheck(embed, inputs)
@@ -199,7 +299,7 @@ def test_only_what_is_trained_gets_a_gradient(trained: str) -> None:
     tensors = {**dict(projection.named_parameters()), "pixels": pixels}
     tensors[trained].requires_grad_()
     embedded = embed_clip(pixels, projection.weight, projection.bias).detach()
-    got = embed_chosen(embedded, pixels, index, projection, size)
+    got = embed_chosen(embedded, unfold_tubelets(pixels, size), index, projection)
     (expected,) = torch.autograd.grad(embed_all_then_gather(pixels, index, projection).square().sum(), tensors[trained])
     got.square().sum().backward()
     torch.testing.assert_close(tensors[trained].grad, expected)
@@ -213,10 +313,10 @@ def test_nothing_trained_or_no_grad_builds_no_graph() -> None:
     expected = gather_tokens(embedded, index)
     for guard in (torch.no_grad(), torch.inference_mode()):
         with guard:  # no pixel is looked at, so that none need be there
-            got = embed_chosen(embedded, torch.empty(0), index, projection, size)
+            got = embed_chosen(embedded, torch.empty(0), index, projection)
         assert not got.requires_grad
         assert torch.equal(got, expected)
-    frozen = embed_chosen(embedded, pixels, index, projection.requires_grad_(False), size)
+    frozen = embed_chosen(embedded, unfold_tubelets(pixels, size), index, projection.requires_grad_(False))
     assert not frozen.requires_grad
     assert torch.equal(frozen, expected)
 
@@ -229,7 +329,7 @@ def test_pixels_that_were_not_chosen_do_not_matter() -> None:
     (chosen,) = torch.autograd.grad(slice_tubelets(probe, index, size).sum(), probe)
     poisoned = torch.where(chosen > 0, pixels, torch.nan)
     assert poisoned.isnan().any()
-    got = embed_chosen(embedded, poisoned, index, projection, size)
+    got = embed_chosen(embedded, unfold_tubelets(poisoned, size), index, projection)
     expected = embed_all_then_gather(pixels, index, projection)
     parameters = list(projection.parameters())
     for mine, theirs in zip(
@@ -254,7 +354,7 @@ def test_half_precision(dtype: torch.dtype, autocast: bool) -> None:
         with torch.no_grad():
             embedded = embed_clip(pixels, projection.weight, projection.bias)
         torch.clear_autocast_cache()
-        got = embed_chosen(embedded, pixels, index, projection, size)
+        got = embed_chosen(embedded, unfold_tubelets(pixels, size), index, projection)
     assert got.dtype == dtype
     upstream = torch.randn_like(got)
     mine = torch.autograd.grad(got, trained, upstream)
@@ -275,11 +375,41 @@ def test_backward_keeps_the_chosen_pixels_in_the_type_of_autocast() -> None:
     projection, pixels, index = make_projection(3, size), torch.randn(2, *shape), some_positions(shape, size)
     embedded = embed_clip(pixels, projection.weight, projection.bias).detach().bfloat16()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
-        out = embed_chosen(embedded, pixels, index, projection, size)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor.detach()
+
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        out = embed_chosen(embedded, unfold_tubelets(pixels, size), index, projection)
     assert out.requires_grad
     others = [x for x in kept if x.data_ptr() != projection.weight.data_ptr()]
     assert sum(x.nbytes for x in others) == index.numel() * 3 * 2 * 3 * 2 * 2  # of two bytes each
+
+
+def test_backward_keeps_no_copy_of_the_clip() -> None:
+    """Not even where the pixels want a gradient: indices, the chosen tubelets and the kernel are all that it needs."""
+    shape, size = (8, 3, 32, 32), TubeletSize(2, 4, 4)
+    projection, pixels, index = (
+        make_projection(3, size),
+        torch.randn(2, *shape, requires_grad=True),
+        torch.tensor([[1]]),
+    )
+    index = index.expand(2, -1)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        tubelets = unfold_tubelets(pixels, size)
+        out = embed_chosen(embed_tubelets(tubelets, projection), tubelets, index, projection)
+    assert out.requires_grad
+    assert max(x.untyped_storage().nbytes() for x in kept) <= projection.weight.nbytes
 
 
 # Which projections the known value may stand in for
@@ -303,18 +433,26 @@ def with_parametrisation(conv: nn.Conv3d) -> nn.Conv3d:
     return parametrize.register_parametrization(conv, "weight", nn.Tanh())  # type: ignore[return-value]
 
 
-def plain() -> nn.Conv3d:
-    return nn.Conv3d(1, 1, 1)
+def plain(**kind: Any) -> nn.Conv3d:
+    return nn.Conv3d(**{"in_channels": 2, "out_channels": 2, "kernel_size": (2, 3, 4), "stride": (2, 3, 4), **kind})
 
 
 @pytest.mark.parametrize(
     ("module", "known"),
     [
         (plain(), True),
-        (nn.Conv3d(1, 1, 1, bias=False, dtype=torch.bfloat16).requires_grad_(False), True),
-        (LoggedConv3d(1, 1, 1), False),
+        (plain(bias=False, dtype=torch.bfloat16).requires_grad_(False), True),
+        (plain(padding="valid"), True),
+        (plain(stride=(2, 3, 2)), False),  # overlapping
+        (plain(stride=(2, 3, 5)), False),
+        (plain(kernel_size=(2, 4, 4), stride=(2, 4, 4)), False),  # tubelets of another size
+        (plain(padding=(0, 0, 1)), False),
+        (plain(kernel_size=1, stride=1, padding="same"), False),
+        (plain(dilation=(1, 2, 1)), False),
+        (plain(groups=2), False),
+        (LoggedConv3d(2, 2, (2, 3, 4), (2, 3, 4)), False),
         (nn.Sequential(plain()), False),
-        (nn.Conv2d(1, 1, 1), False),
+        (nn.Conv2d(2, 2, (3, 4), (3, 4)), False),
         (with_hook(plain(), "register_forward_hook"), False),
         (with_hook(plain(), "register_forward_pre_hook"), False),
         (with_hook(plain(), "register_full_backward_hook"), False),
@@ -324,8 +462,8 @@ def plain() -> nn.Conv3d:
         (prune.identity(plain(), "weight"), False),
     ],
 )
-def test_a_plain_conv3d(module: nn.Module, known: bool) -> None:
-    assert is_plain_conv3d(module) is known
+def test_only_a_plain_conv3d_over_whole_tubelets_only_tiles(module: nn.Module, known: bool) -> None:
+    assert only_tiles(module, TubeletSize(2, 3, 4)) is known
 
 
 def test_a_removed_hook_leaves_a_plain_conv3d() -> None:

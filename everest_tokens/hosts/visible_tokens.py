@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from everest_tokens.selection import SelectionPolicy, TokenSelection, source_positions
 from everest_tokens.selectors import Grid
-from everest_tokens.tubelets import TubeletSize, embed_chosen, gather_tokens, is_plain_conv3d
+from everest_tokens.tubelets import (
+    TubeletSize,
+    embed_chosen,
+    embed_tubelets,
+    gather_tokens,
+    only_tiles,
+    unfold_tubelets,
+)
 
 _LETTERS = {"frames": "T", "channels": "C", "height": "H", "width": "W"}
 
@@ -48,18 +55,20 @@ def visible_tokens(
     """Embed a clip, select unless the request brings a selection, and return the visible tokens (B, V, D).
 
     Args:
-        embed: gives the embeddings of the whole clip, (B, N, D), all candidates with a frame sampler.
+        embed: gives the embeddings of the whole clip, (B, N, D), all candidates with a frame sampler; called where the
+            projection does more than tile the clip.
         pixels: (B, T, C, H, W), what `embed` embeds.
         projection: the tubelet embedding, by which gradients reach the visible tubelets alone where that is possible.
         grid: (τ, h, w), of the clip that the model runs.
         only_projects: whether `embed` does nothing but call `projection`.
         norm: what the model does to each embedding before it adds positions.
     """
-    reuse = only_projects and is_plain_conv3d(projection)
+    reuse = only_projects and only_tiles(projection, size)
     if reuse:
-        with torch.no_grad():
-            embedded = embed()
-            scored = norm(embedded)
+        assert isinstance(projection, nn.Conv3d)
+        tubelets = unfold_tubelets(pixels, size)
+        embedded = embed_tubelets(tubelets, projection)
+        scored = norm(embedded)
     else:
         scored = norm(embed())
     if request.selection is None:
@@ -71,7 +80,7 @@ def visible_tokens(
     source = source_positions(request.selection.visible, request.selection.steps, grid)
     if reuse:
         assert isinstance(projection, nn.Conv3d)
-        return norm(embed_chosen(embedded, pixels, source, projection, size))
+        return norm(embed_chosen(embedded, tubelets, source, projection))
     return gather_tokens(scored, source)
 
 

@@ -519,7 +519,7 @@ class TestLora:
         merged = merged_by_hand(patched, model, [*modules, "blocks.1.attn.qkv"])
         assert_is_merged(model, merged, modules, clips, et.select_tokens(patched, clips))
         importance = [et.select_tokens(each, clips).importance for each in (model, merged, patched)]
-        torch.testing.assert_close(importance[0], importance[1], **EXACT)  # the selection sees the adapter
+        torch.testing.assert_close(importance[0], importance[1])  # float32; the selection sees the adapter
         assert not torch.allclose(importance[0], importance[2], rtol=1e-2)
 
         with pytest.raises(TypeError, match="unload the adapter first"):
