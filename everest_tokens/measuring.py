@@ -67,7 +67,7 @@ def bytes_saved_for_backward(forward: Callable[[], object], exclude: Iterable[Te
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation's own output would hold the operation that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         held = forward()

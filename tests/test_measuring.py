@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from everest_tokens.measuring import (
     bytes_saved_for_backward,
@@ -49,6 +50,28 @@ def test_no_grad_keeps_nothing():
     layer, x = nn.Linear(8, 4), torch.randn(5, 8)
     with torch.no_grad():
         assert bytes_saved_for_backward(lambda: layer(x)) == 0
+
+
+def test_nothing_that_was_counted_outlives_the_count(monkeypatch):
+    """Softmax and exp keep their own output: a hook that returned that very tensor would close a cycle."""
+    seen: list[StorageWeakRef] = []
+    saved_tensors_hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def watching(pack, unpack):
+        def watched(tensor: Tensor) -> Tensor:
+            seen.append(StorageWeakRef(tensor.untyped_storage()))
+            return pack(tensor)
+
+        return saved_tensors_hooks(watched, unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watching)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 8)), torch.randn(5, 8)
+    expected = 5 * 8 * 4 * 2  # softmax's output, which the second layer takes, and exp's
+    assert bytes_saved_for_backward(lambda: model(x).exp(), exclude=(*model.parameters(), x)) == expected
+    lasting = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), x)}
+    passing = [storage for storage in seen if storage.cdata not in lasting]
+    assert len(passing) >= 3
+    assert all(storage.expired() for storage in passing)
 
 
 def test_runs_take_turns():

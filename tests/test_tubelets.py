@@ -275,7 +275,7 @@ def test_backward_keeps_the_chosen_pixels_in_the_type_of_autocast() -> None:
     projection, pixels, index = make_projection(3, size), torch.randn(2, *shape), some_positions(shape, size)
     embedded = embed_clip(pixels, projection.weight, projection.bias).detach().bfloat16()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x.detach(), lambda x: x):  # type: ignore[func-returns-value]
         out = embed_chosen(embedded, pixels, index, projection, size)
     assert out.requires_grad
     others = [x for x in kept if x.data_ptr() != projection.weight.data_ptr()]
