@@ -20,8 +20,8 @@ from typing import Any
 import figures
 from documents import RESULTS
 from motion_clips import DIRECTIONS, Task, share_with_motion
+from step_cost import MEMORY_TARGETS, PHASES, SIZES, STEP_TARGET, targets_of
 from tqdm import tqdm
-from train_step import MEMORY_TARGETS, PHASES, SIZES, STEP_TARGET, targets_of
 
 Row = dict[str, Any]
 # Whole-node figures of the paper: Table 4 (ViT-B, pre-training, batch of 128), Table 5 (ViT-B, fine-tuning, 128) and
@@ -172,7 +172,7 @@ def compute(report: Report, folder: Path) -> None:
 
 def training(report: Report, folder: Path) -> None:
     """Step time and memory: Figure 1 (b), Tables 3 to 5, sweeps, and the targets."""
-    found = documents(folder, "train_step")
+    found = documents(folder, "step_cost")
     rows = mark_cases(rows_of(found))
     report.add(
         [
@@ -312,8 +312,8 @@ def targets(rows: Sequence[Row]) -> Iterator[str]:
         yield (
             f"Not measured yet, for want of a GPU: peaks in bfloat16 ({', '.join(missing)})"
             + ("" if measured else ", and the ratios of step time there")
-            + ". `python benchmarks/train_step.py --sizes B L --batch-sizes 16 32 --dtypes bfloat16` measures them on "
-            "one, `benchmarks/slurm/train_step.sbatch` Table 3 on a node."
+            + ". `python benchmarks/step_cost.py --sizes B L --batch-sizes 16 32 --dtypes bfloat16` measures them on "
+            "one, `benchmarks/slurm/step_cost.sbatch` Table 3 on a node."
         )
         yield ""
 

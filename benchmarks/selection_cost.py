@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from documents import RESULTS, header, write
+from step_cost import Case, Shared, add_grid, cases_of, check_grid
 from torch import Tensor
 from tqdm import tqdm
-from train_step import Case, Shared, add_grid, cases_of, check_grid
 
 import everest_tokens as et
 from everest_tokens.distances import DISTANCES

@@ -78,7 +78,7 @@ def mean_of(records: list[dict], **wanted) -> str:
 def folder(tmp_path) -> Path:
     results = tmp_path / "results"
     results.mkdir()
-    (results / "train_step_x.json").write_text(json.dumps(HEADER | {"runs": step_rows()}))
+    (results / "step_cost_x.json").write_text(json.dumps(HEADER | {"runs": step_rows()}))
     settings = {"patch": 12, "batch_size": 32} | {"steps": Settings.steps}
     (results / "motion_accuracy.json").write_text(json.dumps(HEADER | {"settings": settings, "runs": motion_records()}))
     cost = {"size": "B", "phase": "fine-tuning", "batch_size": 2, "dtype": "float32", "mode": "eager", "distance": "l2"}
@@ -119,7 +119,7 @@ def test_memory_targets_where_a_gpu_was_measured(folder):
         step_row("rero", "pre-training", 2.0, 22.0, 1e9, batch_size=32, dtype="bfloat16")
         | {"peak_allocated_bytes": 4e9, "peak_reserved_bytes": 5e9, "peak_allocated_bytes_per_device": 4e9},
     ]
-    (folder / "results" / "train_step_x.json").write_text(json.dumps(HEADER | {"device": "H", "runs": rows}))
+    (folder / "results" / "step_cost_x.json").write_text(json.dumps(HEADER | {"device": "H", "runs": rows}))
     text = written(folder)
     assert line_of(text, "peak allocated a device", "≤")[2:] == ["≤ 5.00", "4.00", "met"]
     assert "(ViT-L pre-training at 32 clips a GPU ≤ 10.5 GB, ViT-B fine-tuning at 16 clips a GPU ≤ 11 GB). `" in text
@@ -133,7 +133,7 @@ def test_out_of_memory_is_written_and_leaves_no_ratio(folder):
     rows[0] |= nothing | {"out_of_memory": True, "seconds": []}
     rows[1] |= {"step_ratio": None, "step_ratio_quartiles": None, "saved_ratio": None}
     rows[2] |= {"step_ratio": None, "step_ratio_quartiles": None, "saved_ratio": None}
-    (folder / "results" / "train_step_x.json").write_text(json.dumps(HEADER | {"runs": rows}))
+    (folder / "results" / "step_cost_x.json").write_text(json.dumps(HEADER | {"runs": rows}))
     text = written(folder)
     assert line_of(text, "ViT-B fine-tuning, 2 clips, all tokens")[5] == "out of memory"
     assert line_of(text, "ViT-B fine-tuning, 2 clips, EVEREST")[6] == "–"
@@ -198,7 +198,7 @@ def gpu_rows(clips: int, whole: float, part: float, **more) -> list[dict]:
 def test_one_gpu_and_eight_stay_apart_and_make_table_3(folder):
     for name, world, rows in (("a", 8, gpu_rows(16, 80.0, 40.0)), ("b", 1, gpu_rows(16, 10.0, 5.0))):
         document = HEADER | {"device": "A100", "world_size": world, "runs": rows}
-        (folder / "results" / f"train_step_{name}.json").write_text(json.dumps(document))
+        (folder / "results" / f"step_cost_{name}.json").write_text(json.dumps(document))
     text = written(folder)
     assert "| ViT-B pre-training, 16 clips, 8 × A100, bfloat16, eager | 0.500 | 0.500 |" in text
     assert "| ViT-B pre-training, 16 clips, A100, bfloat16, eager | 0.500 | 0.500 |" in text
@@ -213,7 +213,7 @@ def test_out_of_memory_misses_its_targets(folder):
     nothing = dict.fromkeys(("median_seconds", "step_ratio", "step_ratio_quartiles", "saved_bytes", "saved_ratio"))
     peaks = dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "peak_allocated_bytes_per_device"))
     rows[1] |= nothing | peaks | {"out_of_memory": True, "seconds": []}
-    (folder / "results" / "train_step_x.json").write_text(json.dumps(HEADER | {"device": "H", "runs": rows}))
+    (folder / "results" / "step_cost_x.json").write_text(json.dumps(HEADER | {"device": "H", "runs": rows}))
     text = written(folder)
     assert line_of(text, "peak allocated a device", "≤")[2:] == ["≤ 5.00", "out of memory", "**missed**"]
     assert line_of(text, "step time ratio", "≤")[3:] == ["out of memory", "**missed**"]
@@ -226,7 +226,7 @@ def test_another_image_size_is_not_judged_and_compile_saves_nothing_known(folder
         step_row("rero", "fine-tuning", 9.0, 54.0, 4.8e9, image_size=112),
     ]
     compiled = [row | {"mode": "compile", "image_size": 224, "saved_bytes": None, "saved_ratio": None} for row in rows]
-    (folder / "results" / "train_step_x.json").write_text(json.dumps(HEADER | {"runs": rows + compiled}))
+    (folder / "results" / "step_cost_x.json").write_text(json.dumps(HEADER | {"runs": rows + compiled}))
     text = written(folder)
     judged = [line for line in text.splitlines() if "step time ratio" in line and line.startswith("|")]
     assert len(judged) == 1
@@ -242,8 +242,8 @@ def test_notes_stand_below_the_targets(folder):
 
 
 def test_files_of_an_older_script_are_refused_by_name(folder):
-    (folder / "results" / "train_step_old.json").write_text(json.dumps(HEADER | {"results": []}))
-    with pytest.raises(ValueError, match=r"train_step_old\.json has no runs"):
+    (folder / "results" / "step_cost_old.json").write_text(json.dumps(HEADER | {"results": []}))
+    with pytest.raises(ValueError, match=r"step_cost_old\.json has no runs"):
         written(folder)
 
 

@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 import selection_cost
+import step_cost
 import torch
-import train_step
 
 import everest_tokens as et
 from everest_tokens.distances import DISTANCES
@@ -20,7 +20,7 @@ GRID = ["--sizes", "T", "--frames", "8", "--image-size", "64", "--device", "cpu"
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setitem(train_step.SIZES, "T", (32, 2, 2, 24, 2))
+    monkeypatch.setitem(step_cost.SIZES, "T", (32, 2, 2, 24, 2))
 
 
 def run(out, *arguments: str) -> dict:
@@ -56,7 +56,7 @@ def test_a_run_of_both_phases(tmp_path, capsys):
 def test_the_parts_are_the_librarys_own(monkeypatch, task, phase, mode):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **kw: compile_(function, backend="eager", **kw))
-    case = train_step.Case("T", phase, 8, 64, 0.5, 2, "float32", mode)
+    case = step_cost.Case("T", phase, 8, 64, 0.5, 2, "float32", mode)
     tokens = torch.randn(2, 64, 32)
     policy = SelectionPolicy(task, et.ReRoSelector(0.5), 0.9, None, None)
     for distance in DISTANCES:

@@ -4,10 +4,10 @@ A step is forward, backward and fused AdamW, gradients set to None. The methods 
 machine's slow moments fall on all of them, and train one set of weights, so that none pays for another's. Every option
 that takes several values is multiplied out. A method that runs out of memory is recorded as such, and the others go on.
 
-    python benchmarks/train_step.py                                        # ViT-B, both phases, on this machine
-    python benchmarks/train_step.py --sizes S B L --modes eager compile --dtypes float32 bfloat16
-    python benchmarks/train_step.py --sizes S --keep-ratios 0.2 0.4 0.6 0.8 --methods rero random
-    torchrun --nproc_per_node 8 benchmarks/train_step.py --sizes L --phases pre-training --batch-sizes 16 64
+    python benchmarks/step_cost.py                                        # ViT-B, both phases, on this machine
+    python benchmarks/step_cost.py --sizes S B L --modes eager compile --dtypes float32 bfloat16
+    python benchmarks/step_cost.py --sizes S --keep-ratios 0.2 0.4 0.6 0.8 --methods rero random
+    torchrun --nproc_per_node 8 benchmarks/step_cost.py --sizes L --phases pre-training --batch-sizes 16 64
 
 Fine-tuning is compared to the unpatched model with all tokens, pre-training to the unpatched one with VideoMAE's 90 %
 tube mask. The JSON is written after each case. Under torchrun each process has one device and DDP's gradients; a time
@@ -432,9 +432,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     check_grid(parser, options, ("repeats", "warmup"))
     device = start(options.device)
-    out = options.out or RESULTS / f"train_step_{device.type}.json"
+    out = options.out or RESULTS / f"step_cost_{device.type}.json"
     warmup = 1 + BUCKETS if dist.is_initialized() else options.warmup
-    document = header("train_step.py", arguments, device, warmup=warmup, repeats=options.repeats)
+    document = header("step_cost.py", arguments, device, warmup=warmup, repeats=options.repeats)
     line_ups = []
     try:
         for case in cases_of(options, options.keep_ratios, options.running_cell_ratio):

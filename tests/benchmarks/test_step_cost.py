@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py: its arithmetic, one set of weights, memory that runs out, runs that end early, torchrun."""
+"""benchmarks/step_cost.py: its arithmetic, one set of weights, memory that runs out, runs that end early, torchrun."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import step_cost
 import torch
 import torch.distributed as dist
-import train_step
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
@@ -34,19 +34,19 @@ COLUMNS = {
 }
 SCRIPT = f"""
 import sys
-sys.path.insert(0, {str(Path(train_step.__file__).parent)!r})
-import train_step
-train_step.SIZES["T"] = {TINY}
+sys.path.insert(0, {str(Path(step_cost.__file__).parent)!r})
+import step_cost
+step_cost.SIZES["T"] = {TINY}
 """
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setitem(train_step.SIZES, "T", TINY)
+    monkeypatch.setitem(step_cost.SIZES, "T", TINY)
 
 
 def run(out: Path, *arguments: str) -> dict:
-    train_step.main([*GRID, "--out", str(out), *arguments])
+    step_cost.main([*GRID, "--out", str(out), *arguments])
     return json.loads(out.read_text())
 
 
@@ -61,15 +61,15 @@ def run_alone(tmp_path: Path, script: str, *arguments: str, launcher: tuple[str,
     return json.loads(out.read_text())
 
 
-def case(phase: str = "pre-training", keep_ratio: float = 0.3, **changes) -> train_step.Case:
-    return train_step.Case("T", phase, 8, 64, keep_ratio, 2, "float32", "eager", **changes)
+def case(phase: str = "pre-training", keep_ratio: float = 0.3, **changes) -> step_cost.Case:
+    return step_cost.Case("T", phase, 8, 64, keep_ratio, 2, "float32", "eager", **changes)
 
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory) -> dict:
     """Both phases, all methods, two batch sizes, 4 repeats."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_step.SIZES, "T", TINY)
+        patch.setitem(step_cost.SIZES, "T", TINY)
         return run(tmp_path_factory.mktemp("out") / "out.json", "--repeats", "4", "--batch-sizes", "1", "2")
 
 
@@ -78,7 +78,7 @@ def by_method(rows: list[dict], **wanted) -> dict[str, dict]:
 
 
 def test_the_header_says_where_and_how(document):
-    assert document["command"].startswith("python benchmarks/train_step.py --sizes T --frames 8")
+    assert document["command"].startswith("python benchmarks/step_cost.py --sizes T --frames 8")
     assert set(document["versions"]) == {"torch", "transformers", "timm", "everest_tokens", "python"}
     assert document["device"].startswith("CPU ")
     assert document["device"].endswith(f", {torch.get_num_threads()} threads")
@@ -118,7 +118,7 @@ def test_tokens_counted_by_hand(document):
             method: (row["keep_ratio"], row["kept"], row["visible"])
             for method, row in by_method(document["runs"], phase=phase).items()
         }
-        for phase in train_step.PHASES
+        for phase in step_cost.PHASES
     }
     assert found["fine-tuning"] == {
         "all tokens": (None, 64, 64),
@@ -137,7 +137,7 @@ def test_tokens_counted_by_hand(document):
 
 
 def test_gflops_and_saved_bytes_of_models_built_by_hand(document):
-    config = train_step.config_of("T", 8, 64)
+    config = step_cost.config_of("T", 8, 64)
     rows = by_method(document["runs"], phase="fine-tuning", batch_size=2)
     clips, labels = torch.randn(2, 8, 3, 64, 64), torch.tensor([0, 1])
     for method, selector in (("all tokens", None), ("rero", et.ReRoSelector(0.6))):
@@ -165,8 +165,8 @@ def test_the_printed_table_shows_the_case(tmp_path, capsys):
 
 
 def test_all_methods_train_one_set_of_weights():
-    shared = train_step.Shared(case(), CPU)
-    models = {method: shared.model_for(method) for method in ("videomae", *train_step.METHODS)}
+    shared = step_cost.Shared(case(), CPU)
+    models = {method: shared.model_for(method) for method in ("videomae", *step_cost.METHODS)}
     own = list(shared.plain.parameters())
     for method, (model, _) in models.items():
         assert all(a is b for a, b in zip(model.parameters(), own, strict=True))
@@ -177,7 +177,7 @@ def test_all_methods_train_one_set_of_weights():
     assert not torch.equal(before, models["videomae"][0].encoder_to_decoder.weight)
     assert len(shared.optimizer.state) == len(own)
     assert all(parameter.grad is None for parameter in own)
-    for method in train_step.METHODS:  # the path that reuses embedded values applies still
+    for method in step_cost.METHODS:  # the path that reuses embedded values applies still
         embeddings = models[method][0].videomae.embeddings.patch_embeddings
         assert is_plain_conv3d(embeddings.projection)
         assert is_unhooked(embeddings)
@@ -185,7 +185,7 @@ def test_all_methods_train_one_set_of_weights():
 
 def test_running_cell_takes_the_nearest_ratio_or_the_one_given():
     def ratio(*arguments, **changes):
-        return train_step.variant_of("running cell", case(*arguments, **changes)).row["keep_ratio"]
+        return step_cost.variant_of("running cell", case(*arguments, **changes)).row["keep_ratio"]
 
     assert [ratio("fine-tuning", keep) for keep in (0.1, 0.3, 0.6, 0.9)] == [0.25, 0.25, 0.5, 0.75]
     assert [ratio("pre-training", keep) for keep in (0.2, 0.3, 0.9)] == [0.5, 0.5, 0.5]
@@ -246,7 +246,7 @@ def test_compile_takes_a_full_graph_of_patched_models_alone(tmp_path, monkeypatc
 
 def failing(monkeypatch, method: str, after: int, error: Exception) -> None:
     """Make the steps of videomae, or those of the patched models, raise after so many."""
-    make, done = train_step.Shared.step_of, []
+    make, done = step_cost.Shared.step_of, []
 
     def step_of(self, model, inputs):
         step = make(self, model, inputs)
@@ -261,7 +261,7 @@ def failing(monkeypatch, method: str, after: int, error: Exception) -> None:
 
         return run_or_fail
 
-    monkeypatch.setattr(train_step.Shared, "step_of", step_of)
+    monkeypatch.setattr(step_cost.Shared, "step_of", step_of)
 
 
 MEASURED = [
@@ -296,14 +296,14 @@ def test_without_a_baseline_there_are_no_ratios(tmp_path, monkeypatch):
 
 
 def test_weights_that_do_not_fit_fail_every_method_and_other_cases_run(tmp_path, monkeypatch):
-    make = train_step.Shared.__init__
+    make = step_cost.Shared.__init__
 
     def fail(self, case, device):
         make(self, case, device)
         if case.batch_size == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_step.Shared, "__init__", fail)
+    monkeypatch.setattr(step_cost.Shared, "__init__", fail)
     options = ["--phases", "fine-tuning", "--methods", "rero", "--repeats", "1", "--batch-sizes", "4", "1"]
     rows = run(tmp_path / "out.json", *options)["runs"]
     assert [row["out_of_memory"] for row in rows] == [True, True, False, False]
@@ -311,23 +311,23 @@ def test_weights_that_do_not_fit_fail_every_method_and_other_cases_run(tmp_path,
 
 
 def test_memory_is_free_after_a_failure_and_other_errors_are_not_swallowed():
-    shared = train_step.Shared(case(), CPU)
-    variant = train_step.variant_of("rero", case())
-    train_step.prepare(variant, shared, CPU)
+    shared = step_cost.Shared(case(), CPU)
+    variant = step_cost.variant_of("rero", case())
+    step_cost.prepare(variant, shared, CPU)
     shared.plain.mask_token.grad = torch.ones_like(shared.plain.mask_token)
 
     def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert train_step.attempt(fail, [variant], shared, CPU) is None
+    assert step_cost.attempt(fail, [variant], shared, CPU) is None
     assert variant.failed
     assert variant.model is None
     assert shared.plain.mask_token.grad is None
     assert not shared.optimizer.state
     with pytest.raises(ZeroDivisionError):
-        train_step.attempt(lambda: 1 / 0, [], shared, CPU)
+        step_cost.attempt(lambda: 1 / 0, [], shared, CPU)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        train_step.attempt(lambda: torch.ones(2, 3) @ torch.ones(2), [], shared, CPU)
+        step_cost.attempt(lambda: torch.ones(2, 3) @ torch.ones(2), [], shared, CPU)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux'")
@@ -335,14 +335,14 @@ def test_the_host_runs_out_of_memory_and_the_run_goes_on(tmp_path):
     """800 MiB for 256 clips of 384 KiB: VideoMAE's step needs more than 1000 MiB, ReRo's less than 600."""
     script = "import running_out\nrunning_out.available_memory = lambda: 800 * 2**20\n"
     options = ["--phases", "pre-training", "--methods", "rero", "--repeats", "2", "--batch-sizes", "256", "2"]
-    rows = run_alone(tmp_path, script + "train_step.main()", *options)["runs"]
+    rows = run_alone(tmp_path, script + "step_cost.main()", *options)["runs"]
     assert [row["out_of_memory"] for row in rows] == [True, False, False, False]
     assert rows[1]["step_ratio"] is None
     assert rows[3]["step_ratio"] is not None
 
 
 def test_a_run_that_is_killed_leaves_the_cases_before_it(tmp_path, monkeypatch):
-    run_case, calls = train_step.run_case, []
+    run_case, calls = step_cost.run_case, []
 
     def killed(*arguments):
         calls.append(None)
@@ -350,7 +350,7 @@ def test_a_run_that_is_killed_leaves_the_cases_before_it(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return run_case(*arguments)
 
-    monkeypatch.setattr(train_step, "run_case", killed)
+    monkeypatch.setattr(step_cost, "run_case", killed)
     out = tmp_path / "out.json"
     options = ["--phases", "fine-tuning", "--methods", "--repeats", "1", "--batch-sizes", "1", "2", "3"]
     with pytest.raises(KeyboardInterrupt):
@@ -361,7 +361,7 @@ def test_a_run_that_is_killed_leaves_the_cases_before_it(tmp_path, monkeypatch):
 
 def test_a_document_is_replaced_whole(tmp_path, monkeypatch):
     out = tmp_path / "out.json"
-    train_step.write({"runs": [1]}, out)
+    step_cost.write({"runs": [1]}, out)
     write_text = Path.write_text
 
     def disk_full(path, text):
@@ -370,12 +370,12 @@ def test_a_document_is_replaced_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", disk_full)
     with pytest.raises(OSError, match="space"):
-        train_step.write({"runs": [1, 2]}, out)
+        step_cost.write({"runs": [1, 2]}, out)
     assert json.loads(out.read_text()) == {"runs": [1]}
 
 
 def test_a_case_leaves_no_weights_to_the_next(tmp_path, monkeypatch):
-    make, left = train_step.Shared.__init__, []
+    make, left = step_cost.Shared.__init__, []
 
     def note(self, case, device):
         models = [thing for thing in gc.get_objects() if issubclass(type(thing), VideoMAEForPreTraining)]
@@ -383,7 +383,7 @@ def test_a_case_leaves_no_weights_to_the_next(tmp_path, monkeypatch):
         make(self, case, device)
 
     gc.collect()
-    monkeypatch.setattr(train_step.Shared, "__init__", note)
+    monkeypatch.setattr(step_cost.Shared, "__init__", note)
     options = ["--phases", "pre-training", "--methods", "rero", "--repeats", "1", "--batch-sizes", "1", "2", "3"]
     run(tmp_path / "out.json", *options)
     assert left == left[:1] * 3
@@ -427,7 +427,7 @@ def row(method: str = "rero", **changes) -> dict:
     ],
 )
 def test_targets_are_judged_where_they_were_measured(changes, verdicts):
-    lines = train_step.verdicts([row(**changes)])
+    lines = step_cost.verdicts([row(**changes)])
     assert len(lines) == len(verdicts)
     for line, verdict in zip(lines, verdicts, strict=True):
         kind, wanted = ("step time ratio", verdict[5:]) if verdict.startswith("step") else ("peak", verdict)
@@ -441,12 +441,12 @@ def test_a_node_is_the_sum_of_its_devices_and_as_slow_as_its_slowest(monkeypatch
     def over_ranks(values, operation, device):
         return [value * 2.1 if operation == "SUM" else value * 1.1 for value in values]
 
-    monkeypatch.setattr(train_step, "over_ranks", over_ranks)
-    monkeypatch.setattr(train_step, "world_size", lambda: 2)
-    variant = train_step.variant_of("rero", case())
+    monkeypatch.setattr(step_cost, "over_ranks", over_ranks)
+    monkeypatch.setattr(step_cost, "world_size", lambda: 2)
+    variant = step_cost.variant_of("rero", case())
     variant.row |= {"seconds": [1.0, 2.0, 3.0], "first_step_seconds": 5.0, "saved_bytes": 7}
     variant.row |= {"peak_allocated_bytes": 100, "peak_reserved_bytes": 200}
-    train_step.summarise(variant, variant, torch.device("cuda"))
+    step_cost.summarise(variant, variant, torch.device("cuda"))
     found = variant.row
     assert found["seconds"] == pytest.approx([1.1, 2.2, 3.3])
     assert found["clips_per_second"] == pytest.approx(2 * 2 / 2.2)
@@ -459,7 +459,7 @@ import gc, os
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-make = train_step.Shared.step_of
+make = step_cost.Shared.step_of
 
 def step_of(self, model, inputs):
     selector = getattr(getattr(model, "everest", None), "selector", None)
@@ -467,8 +467,8 @@ def step_of(self, model, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")  # on one of the two
     return make(self, model, inputs)
 
-train_step.Shared.step_of = step_of
-visit = train_step.visit
+step_cost.Shared.step_of = step_of
+visit = step_cost.visit
 
 def checked(variant, shared, untimed, timed, device):
     step, sums = shared.optimizer.step, []
@@ -481,15 +481,15 @@ def checked(variant, shared, untimed, timed, device):
     visit(variant, shared, untimed, timed, device)
     shared.optimizer.step = step
     assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
-    ranks = train_step.over_ranks([int(os.environ["RANK"]), 1], "SUM", device)
+    ranks = step_cost.over_ranks([int(os.environ["RANK"]), 1], "SUM", device)
     assert ranks == [1, 2], ranks
     # DDP averaged the gradients of two different draws: both processes step by the same.
     assert len(sums) == untimed + timed
-    assert train_step.over_ranks(sums, "MAX", device) == sums
-    assert train_step.over_ranks([-x for x in sums], "MAX", device) == [-x for x in sums]
+    assert step_cost.over_ranks(sums, "MAX", device) == sums
+    assert step_cost.over_ranks([-x for x in sums], "MAX", device) == [-x for x in sums]
 
-train_step.visit = checked
-train_step.main()
+step_cost.visit = checked
+step_cost.main()
 """
 
 
@@ -499,8 +499,8 @@ def test_two_processes_of_torchrun(tmp_path):
     options = ["--phases", "pre-training", "--methods", "random", "rero", "--repeats", "4", "--warmup", "1"]
     document = run_alone(tmp_path, TORCHRUN, *options, launcher=launcher)
     assert document["world_size"] == 2
-    assert document["command"].startswith("torchrun --nproc_per_node 2 benchmarks/train_step.py")
-    assert document["warmup"] == 1 + train_step.BUCKETS
+    assert document["command"].startswith("torchrun --nproc_per_node 2 benchmarks/step_cost.py")
+    assert document["warmup"] == 1 + step_cost.BUCKETS
     rows = by_method(document["runs"])
     assert [row["out_of_memory"] for row in rows.values()] == [False, True, False]
     for method in ("videomae", "rero"):
