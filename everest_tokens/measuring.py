@@ -1,4 +1,4 @@
-"""What a training step costs where it runs: bytes kept for backward, peaks, and seconds side by side."""
+"""What a step costs where it runs: bytes kept for backward, peaks, and seconds side by side."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ def training_step(
         if optimizer is not None:
             optimizer.step()
         model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def inference_step(
+    model: Any, inputs: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """One forward of a model without what autograd would need; the arguments are those of `training_step`."""
+    device_type = inputs["pixel_values"].device.type
+
+    def step() -> None:
+        with torch.inference_mode(), torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32):
+            model(**inputs)
 
     return step
 
@@ -118,6 +131,13 @@ def seconds_of(step: Callable[[], object], device: torch.device | str = "cpu") -
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """The median over the pairs of runs of numerator / denominator."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """What the CUDA allocator has handed out, cuBLAS's workspaces aside: those stay for every later step."""
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()  # as torch's notes on CUDA say; the next product makes them anew
+    return torch.cuda.memory_allocated(device)
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> tuple[int, int]:
