@@ -71,14 +71,14 @@ MODES = ("eager", "compile", "reduce-overhead")
 METHODS = ("random", "running cell", "rero")
 CELL_RATIOS = (0.25, 0.5, 0.75)
 STEP_TARGET = 1.05  # × the ratio of forward GFLOPs: what the ratio of ReRo's step time may be, unless it stands below
-# What it may be on a GPU in bfloat16, by phase, size, clips of 16 × 224², keep ratio and mode (None: every mode).
+# What it may be on a GPU in bfloat16, by phase, size, clips of 16 × 224², keep ratio and mode.
 STEP_TARGETS = {
     ("fine-tuning", "B", 64, 0.6, "eager"): 0.56,
     ("fine-tuning", "B", 16, 0.6, "compile"): 0.58,
     ("pre-training", "B", 32, 0.3, "eager"): 0.42,
-    ("inference", "B", 32, 0.6, None): 0.55,
-    ("inference", "B", 32, 0.3, None): 0.28,
-    ("inference", "B", 32, 0.2, None): 0.20,
+    **{("inference", "B", 32, 0.6, mode): 0.55 for mode in ("eager", "compile")},
+    **{("inference", "B", 32, 0.3, mode): 0.28 for mode in ("eager", "compile")},
+    **{("inference", "B", 32, 0.2, mode): 0.20 for mode in ("eager", "compile")},
 }
 # Most bytes that its step may allocate there, by phase, size and clips.
 MEMORY_TARGETS = {
@@ -390,8 +390,7 @@ def targets_of(row: dict[str, Any], gpu: bool) -> list[tuple[str, float | None, 
     usual, tuned = row["keep_ratio"] == PHASES[row["phase"]][1], gpu and row["dtype"] == "bfloat16"
     found: list[tuple[str, float | None, float, str]] = []
     place = (row["phase"], row["size"], row["batch_size"])
-    named = [STEP_TARGETS.get((*place, row["keep_ratio"], mode)) for mode in (row["mode"], None)]
-    most = next((target for target in named if target and tuned), None)
+    most = STEP_TARGETS.get((*place, row["keep_ratio"], row["mode"])) if tuned else None
     if most is None and usual and row["size"] in ("B", "L"):
         most = STEP_TARGET * row["gflops_ratio"]
     if most is not None and (row["step_ratio"] is not None or row["out_of_memory"]):
