@@ -436,7 +436,7 @@ def shown(value: float | None, how: str) -> str:
     return "" if value is None else format(value, how)
 
 
-def add_grid(parser: argparse.ArgumentParser) -> None:
+def add_grid(parser: argparse.ArgumentParser, modes: Sequence[str] = MODES) -> None:
     """The options that say what is run and where, of this script and of selection_cost.py."""
     add = partial(parser.add_argument, nargs="+")
     add("--sizes", choices=SIZES, default=["B"], metavar="SIZE", help=f"{', '.join(SIZES)}; default B")
@@ -445,8 +445,9 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     add("--batch-sizes", type=int, default=[2], metavar="CLIPS", help="clips on each device; default 2")
     dtypes = ["float32", "bfloat16"]
     add("--dtypes", choices=dtypes, default=dtypes[:1], metavar="DTYPE", help="float32 or, by autocast, bfloat16")
-    about = "eager, compile or, on a CUDA device, reduce-overhead (compile with CUDA graphs); default eager"
-    add("--modes", choices=MODES, default=["eager"], metavar="MODE", help=about)
+    graphs = " (compile with CUDA graphs, on a CUDA device only)" if "reduce-overhead" in modes else ""
+    about = f"{', '.join(modes)}{graphs}; default eager"
+    add("--modes", choices=modes, default=["eager"], metavar="MODE", help=about)
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="a multiple of 16; default 224")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<this script>_<device type>.json")
