@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import gflops
 import pytest
 import report
 import torch
+from documents import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from motion_accuracy import EXPERIMENTS, Run, Settings, chosen_runs, key_of
@@ -455,3 +458,34 @@ def test_no_results_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main(["--results", str(tmp_path), "--out", str(tmp_path / "x.md")])
     assert "no JSON files" in capsys.readouterr().err
+
+
+README_ROW = re.compile(
+    r"\| ViT-(?P<size>\w), (?P<phase>[a-z-]+), keep ratio (?P<ratio>[\d.]+), (?P<clips>\d+) clips"
+    r"(?: of (?P<frames>\d+) frames)?(?P<compiled>, compiled)? \|(?P<cells>.*→.*)\|"
+)
+
+
+def test_the_readme_says_what_the_gpu_gave_and_its_headline_is_the_worst_row():
+    readme = (Path(report.__file__).parents[1] / "README.md").read_text()
+    documents = [document for document in report.documents(RESULTS, "step_cost") if report.on_gpu(document)]
+    rows = report.mark_cases(report.rows_of(documents))
+    found = {}
+    for row in rows:
+        if row["method"] == "rero":
+            whole = next(one for one in rows if one["case"] == row["case"] and one["baseline"])
+            key = (row["size"], row["phase"], row["keep_ratio"], row["batch_size"], row["frames"], row["mode"])
+            clips = " → ".join(f"{one['clips_per_second']:.0f}" for one in (whole, row))
+            found[key] = [*(f"{row[name]:.3f}" for name in ("gflops_ratio", "step_ratio", "memory_ratio")), clips]
+    said = {}
+    for row in README_ROW.finditer(readme):
+        shape = (float(row["ratio"]), int(row["clips"]), int(row["frames"] or 16))
+        key = (row["size"], row["phase"], *shape, "compile" if row["compiled"] else "eager")
+        said[key] = [cell.strip() for cell in row["cells"].split("|")]
+    assert said
+    assert said == {key: found[key] for key in said}
+    first = r"a training step of ViT-B or\s+ViT-L takes at most (\d+) % of the time and (\d+) % of the memory"
+    headline = re.search(first, readme)
+    worst = [cells for key, cells in found.items() if key[0] in "BL" and key[1] != "inference"]
+    assert int(headline[1]) == math.ceil(100 * max(float(cells[1]) for cells in worst))
+    assert int(headline[2]) == math.ceil(100 * max(float(cells[2]) for cells in worst))

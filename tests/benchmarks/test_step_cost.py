@@ -6,6 +6,8 @@ import gc
 import json
 import math
 import os
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -560,6 +562,38 @@ def test_targets_are_judged_where_they_were_measured(changes, verdicts):
         kind, wanted = ("step time ratio", verdict[5:]) if verdict.startswith("step") else ("peak", verdict)
         assert line.startswith(kind)
         assert line.split(": ")[1].startswith(wanted)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a bash script")
+def test_the_gpu_script_measures_every_target(tmp_path, monkeypatch):
+    """Its commands are noted by a python that runs nothing, then read by the scripts themselves."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text('#!/bin/bash\nprintf "%q " "$@" >> "$LOG"\necho >> "$LOG"\n')
+    python.chmod(0o755)
+    script = Path(step_cost.__file__).with_name("gpu.sh")
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "OUT": str(tmp_path / "out")}
+    subprocess.run(["bash", str(script)], check=True, env=os.environ | paths, capture_output=True)
+    commands = [shlex.split(line) for line in log.read_text().splitlines()]
+    cases: list[step_cost.Case] = []
+    monkeypatch.setattr(step_cost, "start", lambda name: CPU)
+    monkeypatch.setattr(step_cost, "variant_of", lambda method, case: None)
+    monkeypatch.setattr(step_cost, "run_case", lambda case, *arguments: cases.append(case) or [])
+    monkeypatch.setattr(step_cost, "table", lambda rows, gpu: "")
+    for command in commands:
+        if command[0] == "benchmarks/step_cost.py":
+            step_cost.main(command[1:])
+    run = {(case.phase, case.size, case.batch_size, case.keep_ratio, case.mode) for case in cases}
+    assert set(step_cost.STEP_TARGETS) <= run
+    assert set(step_cost.MEMORY_TARGETS) <= {key[:3] for key in run}
+    assert {case.dtype for case in cases} == {"bfloat16"}
+    assert any((case.frames, case.keep_ratio, case.batch_size) == (64, 0.15, 4) for case in cases)
+    selection = next(command for command in commands if command[0] == "benchmarks/selection_cost.py")
+    assert selection[selection.index("--batch-sizes") + 1] == "32"
+    outs = [command[command.index("--out") + 1] for command in commands if "--out" in command]
+    written = len(list((tmp_path / "out").iterdir()))
+    assert len(set(outs)) == len(outs) == written + 1  # all but selection's, not run here
+    (tests,) = [command for command in commands if command[:2] == ["-m", "pytest"]]
+    assert all((script.parents[1] / argument).is_file() for argument in tests if argument.startswith("tests/"))
 
 
 def test_on_a_cpu_the_ratio_of_the_products_is_the_target():
