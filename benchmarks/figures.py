@@ -161,9 +161,13 @@ def speedup(rows: Sequence[Row], caption: str) -> Figure:
 
 
 def sweep(rows: Sequence[Row], along: str, name: str, caption: str, value: Callable[[Row], float]) -> Figure:
-    """Time, then memory, of a step along one setting: as multiples of the baseline's, or absolute for frames."""
+    """Time, then memory, of a step along one setting: as multiples of the baseline's, or absolute for frames.
+
+    There is no panel of memory where none was measured, as of inference on a CPU.
+    """
     relative = along == "keep_ratio"
-    figure, axes = panels(2, caption)
+    measured = [row for row in rows if memory_of(row)]
+    figure, axes = panels(2 if measured else 1, caption)
     for phase, line in (("fine-tuning", "-"), ("pre-training", "--"), ("inference", ":")):
         mine = [row for row in rows if row["phase"] == phase and not row["out_of_memory"]]
         for method in ("videomae", "all tokens", "rero"):
@@ -171,18 +175,18 @@ def sweep(rows: Sequence[Row], along: str, name: str, caption: str, value: Calla
             if not points or (relative and points[0]["baseline"]):
                 continue
             xs, more = [value(row) for row in points], {"linestyle": line, "label": f"{STYLES[method][2]}, {phase}"}
+            plot(axes[0], method, xs, [row["step_ratio" if relative else "median_seconds"] for row in points], **more)
             if relative:
-                plot(axes[0], method, xs, [row["step_ratio"] for row in points], **more)
                 ratio = [row["gflops_ratio"] for row in points]
                 axes[0].plot(xs, ratio, color="0.6", linestyle=line, linewidth=1, label=f"GFLOPs, {phase}")
-                known = [(x, row["memory_ratio"]) for x, row in zip(xs, points, strict=True) if row["memory_ratio"]]
-                plot(axes[1], method, [x for x, _ in known], [ratio for _, ratio in known], **more)
-            else:
-                plot(axes[0], method, xs, [row["median_seconds"] for row in points], **more)
-                plot(axes[1], method, xs, [(memory_of(row) or 0) / GB for row in points], **more)
+            memory = [row["memory_ratio"] if relative else (memory_of(row) or 0) / GB for row in points]
+            known = [(x, y) for x, y in zip(xs, memory, strict=True) if y]
+            if known:
+                plot(axes[1], method, [x for x, _ in known], [y for _, y in known], **more)
     axes[0].set_ylabel("step time / the unpatched model's" if relative else "seconds of a step")
-    name_of_memory = memory_name([row for row in rows if memory_of(row)])
-    axes[1].set_ylabel(f"{name_of_memory.removesuffix(', GB')} / its" if relative else name_of_memory)
+    if measured:
+        of_memory = memory_name(measured)
+        axes[1].set_ylabel(f"{of_memory.removesuffix(', GB')} / its" if relative else of_memory)
     for axis in axes:
         axis.set_xlabel(name)
         axis.set_ylim(bottom=0)

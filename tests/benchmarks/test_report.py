@@ -417,6 +417,17 @@ def test_the_keep_ratio_sweep_draws_ratios_to_the_baseline():
     assert list(figure.axes[1].lines[0].get_ydata()) == pytest.approx([0.2, 0.4, 0.8])
 
 
+def test_inference_on_a_cpu_has_no_panel_of_memory():
+    nothing = {"phase": "inference", "saved_bytes": None, "saved_ratio": None}
+    rows = [step_row("all tokens", "fine-tuning", 10.0, 100.0, 8e9) | nothing]
+    rows += [step_row("rero", "fine-tuning", 10 * k, 100 * k, 8e9, keep_ratio=k) | nothing for k in (0.2, 0.6)]
+    rows = report.mark_cases(rows)
+    figure = figures.sweep(rows, "keep_ratio", "keep ratio", "Testing device", lambda row: row["keep_ratio"] or 0)
+    (axis,) = figure.axes
+    assert list(axis.lines[0].get_ydata()) == pytest.approx([0.2, 0.6])
+    texts_of(figure)
+
+
 def test_frames_are_drawn_in_seconds_and_gigabytes():
     rows = []
     for frames in (64, 16, 32):

@@ -350,6 +350,37 @@ def test_compile_takes_a_full_graph_of_patched_models_alone(tmp_path, monkeypatc
     assert rows[1]["first_step_seconds"] > rows[1]["median_seconds"]
 
 
+def test_cuda_graphs_are_asked_for_marked_at_each_step_and_reported(monkeypatch):
+    """On the CPU there are none: a compiler that compiles nothing says of the unpatched model that it skipped them."""
+    settings, marks = [], []
+
+    def fake(model, **given):
+        settings.append(given)
+        if not hasattr(model, "everest"):
+            counters = step_cost.counters["inductor"]
+            model.register_forward_hook(
+                lambda *_: counters.update({"cudagraph_skips": counters["cudagraph_skips"] + 1})
+            )
+        return model
+
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(None))
+    for phase in step_cost.PHASES:
+        this = replace(case(phase, step_cost.PHASES[phase][1]), mode=GRAPHS)
+        shared, found = step_cost.Shared(this, CPU), []
+        for method in ("rero", step_cost.BASELINES[phase]):
+            variant = step_cost.variant_of(method, this)
+            step_cost.prepare(variant, shared, CPU)
+            step_cost.visit(variant, shared, 1, 1, CPU)
+            found.append((variant.row["cuda_graphs"], variant.row["saved_bytes"]))
+        assert found == [(True, None), (False, None)]
+    assert settings[:2] == [
+        {"fullgraph": True, "dynamic": False, "mode": GRAPHS},
+        {"fullgraph": False, "dynamic": False, "mode": GRAPHS},
+    ]
+    assert len(marks) == 3 * 2 * 3
+
+
 def failing(monkeypatch, method: str, after: int, error: Exception) -> None:
     """Make the steps of videomae, or those of the patched models, raise after so many."""
     make, done = step_cost.Shared.step_of, []
