@@ -15,7 +15,6 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from everest_tokens.hosts.constant_table import ConstantTable
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
 from everest_tokens.hosts.selecting_model import SelectingModel, select_by
@@ -24,7 +23,7 @@ from everest_tokens.hosts.stochastic_depth import (
     restore_stochastic_depth,
     set_stochastic_depth,
 )
-from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, visible_tokens
+from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, num_candidates, visible_tokens
 from everest_tokens.positions import sincos_table
 from everest_tokens.selection import SelectionPolicy, TokenSelection
 from everest_tokens.selectors import Grid
@@ -199,35 +198,16 @@ def task_of(model: nn.Module) -> str:
     return "encoder"
 
 
-def shape_of(model: Any) -> ModelShape:
-    """What its forward multiplies, of an image before patching. Raises as `check_patchable`."""
-    check_patchable(model)
+def example(model: Any) -> tuple[tuple[int, ...], Grid, int]:
+    """The shape of a clip (an image before patching) as `forward` takes it, its grid (τ, h, w), a token's channels."""
     embedding = model.patch_embed
     weight = embedding.proj.weight
-    if isinstance(model, VideoTransformer):
-        size = TubeletSize(weight.shape[2], *embedding.patch_size)
-        grid = size.grid(embedding.num_frames, *embedding.img_size)
-    else:
-        grid = (1, *embedding.grid_size)
-    encoder = blocks_of(model.blocks, (_attention_width(part) for block in model.blocks for part in block.modules()))
-    pool = getattr(model, "attn_pool", None)
-    head, pooled = linear_macs(*(getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name))), 0
-    if pool is not None:
-        if not hasattr(pool, "kv"):
-            raise TypeError(f"count_flops doesn't know what {type(pool).__qualname__} costs")
-        # Keys, values and two products with one latent query see every token, the rest of the pooling the clip once.
-        pooled = linear_macs(pool.kv) + 2 * model.embed_dim
-        head += linear_macs(pool) - linear_macs(pool.kv)
-    return ModelShape(
-        grid,
-        projection_macs(embedding.proj),
-        weight.shape[0],
-        encoder,
-        prefix=model.num_prefix_tokens,
-        head_per_token=pooled,
-        head_per_clip=head,
-        head_drops_prefix=not getattr(model, "pool_include_prefix", True),
-    )
+    if not isinstance(model, VideoTransformer):
+        return (1, weight.shape[1], *embedding.img_size), (1, *embedding.grid_size), weight.shape[0]
+    size = TubeletSize(weight.shape[2], *embedding.patch_size)
+    grid = size.grid(embedding.num_frames, *embedding.img_size)
+    frames = size.frames * num_candidates(model, grid)
+    return (1, weight.shape[1], frames, *embedding.img_size), grid, weight.shape[0]
 
 
 def model_grid(model: Any, options: PatchOptions) -> Grid:
@@ -326,15 +306,3 @@ def _inflated(kernel: Tensor, frames: int) -> Tensor:
 def _prefix_positions(model: Any) -> int:
     """How many rows of the position embedding belong to prefix tokens."""
     return model.pos_embed.shape[1] - model.patch_embed.num_patches
-
-
-def _attention_width(module: Any) -> int:
-    """Channels of all heads, 0 for what is no attention. Raises TypeError for attention of another cost."""
-    if not hasattr(module, "num_heads"):
-        return 0
-    if any("lambda" in name for name, _ in module.named_parameters(recurse=False)):
-        raise TypeError(f"count_flops doesn't know what {type(module).__qualname__} costs")
-    if getattr(module, "qkv", None) is not None:
-        return module.qkv.out_features // 3
-    query = getattr(module, "q_proj", None)
-    return module.num_heads * module.head_dim if query is None else query.out_features

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +22,14 @@ from transformers.utils.generic import can_return_tuple
 
 from everest_tokens.hosts import checkpoint_numbers
 from everest_tokens.hosts.constant_table import ConstantTable
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
-from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, checked_selection, visible_tokens
+from everest_tokens.hosts.visible_tokens import (
+    SelectionRequest,
+    check_clips,
+    checked_selection,
+    num_candidates,
+    visible_tokens,
+)
 from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, source_positions
 from everest_tokens.selectors import Grid
 from everest_tokens.tubelets import TubeletSize, gather_tubelets, is_unhooked
@@ -186,23 +190,13 @@ def check_patchable(model: nn.Module) -> None:
         raise TypeError("a part of this model, or a model that it is part of, is patched already: unpatch that first")
 
 
-def shape_of(model: original.VideoMAEPreTrainedModel) -> ModelShape:
-    """What its forward multiplies. Raises as `check_patchable`."""
-    check_patchable(model)
-    config, backbone = model.config, _backbone(model)
-    _, grid = geometry(backbone.embeddings)
-    encoder = blocks_of(backbone.encoder.layer, [config.hidden_size] * config.num_hidden_layers)
-    prefix = int(hasattr(backbone.embeddings, "cls_token"))
-    projection = projection_macs(backbone.embeddings.patch_embeddings.projection)
-    shape = ModelShape(grid, projection, config.hidden_size, encoder, prefix)
-    if task_of(model) == "pretraining":
-        widths = [config.decoder_hidden_size] * config.decoder_num_hidden_layers
-        decoder, head = blocks_of(model.decoder.decoder_layers, widths), linear_macs(model.decoder.head)
-        bridge = linear_macs(model.encoder_to_decoder)
-        return replace(shape, bridge=bridge, decoder=decoder, head_per_token=head)
-    if isinstance(model, original.VideoMAEForVideoClassification):
-        return replace(shape, head_per_clip=linear_macs(model.classifier))
-    return shape
+def example(model: original.VideoMAEPreTrainedModel) -> tuple[tuple[int, ...], Grid, int]:
+    """The shape of one clip as `forward` takes it, its grid (τ, h, w), and the channels of a token."""
+    embeddings = _backbone(model).embeddings
+    patches = embeddings.patch_embeddings
+    size, grid = geometry(embeddings)
+    frames = size.frames * num_candidates(model, grid)
+    return (1, frames, patches.num_channels, *patches.image_size), grid, model.config.hidden_size
 
 
 def model_grid(model: original.VideoMAEPreTrainedModel, options: PatchOptions) -> Grid:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
 from everest_tokens.hosts.selecting_model import SelectingModel, select_by
@@ -26,7 +24,13 @@ from everest_tokens.hosts.stochastic_depth import (
     restore_stochastic_depth,
     set_stochastic_depth,
 )
-from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, checked_selection, visible_tokens
+from everest_tokens.hosts.visible_tokens import (
+    SelectionRequest,
+    check_clips,
+    checked_selection,
+    num_candidates,
+    visible_tokens,
+)
 from everest_tokens.selection import SelectionPolicy, TokenSelection, source_positions
 from everest_tokens.selectors import Grid
 from everest_tokens.tubelets import TubeletSize, is_unhooked
@@ -204,27 +208,12 @@ def task_of(model: nn.Module) -> str:
     return "pretraining" if _pretrains(model) else "encoder"
 
 
-def shape_of(model: Any) -> ModelShape:
-    """What its forward multiplies. Raises as `check_patchable`."""
-    check_patchable(model)
-    encoder = model.encoder if _pretrains(model) else model
-    weight = encoder.patch_embed.proj.weight
-    prefix = int(getattr(encoder, "cls_token", None) is not None)
-    shape = ModelShape(
-        geometry(encoder.patch_embed)[1],
-        projection_macs(encoder.patch_embed.proj),
-        weight.shape[0],
-        _blocks(encoder.blocks),
-        prefix,
-    )
-    if not _pretrains(model):
-        return replace(shape, head_per_clip=linear_macs(model.head))
-    return replace(
-        shape,
-        bridge=linear_macs(model.encoder_to_decoder),
-        decoder=_blocks(model.decoder.blocks),
-        head_per_token=linear_macs(model.decoder.head),
-    )
+def example(model: Any) -> tuple[tuple[int, ...], Grid, int]:
+    """The shape of one clip as `forward` takes it, its grid (τ, h, w), and the channels of a token."""
+    embedding = _encoder(model).patch_embed
+    size, grid = geometry(embedding)
+    weight, frames = embedding.proj.weight, size.frames * num_candidates(model, grid)
+    return (1, weight.shape[1], frames, *embedding.img_size), grid, weight.shape[0]
 
 
 def model_grid(model: Any, options: PatchOptions) -> Grid:
@@ -329,10 +318,6 @@ def _predicts_features(model: Any) -> bool:
     with_decoders = hasattr(model, "encoder") and hasattr(model, "decoder") and _embeds_tubelets(model.encoder)
     teachers = any(hasattr(model, f"decoder_{name}") for name in ("img", "vid"))
     return (with_decoders and not _pretrains(model)) or (teachers and _embeds_tubelets(model))
-
-
-def _blocks(blocks: Any) -> Any:
-    return blocks_of(blocks, (block.attn.qkv.out_features // 3 for block in blocks))
 
 
 def _check_attention(number: int, attention: Any) -> None:

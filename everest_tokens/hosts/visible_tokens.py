@@ -84,6 +84,11 @@ def visible_tokens(
     return gather_tokens(scored, source)
 
 
+def num_candidates(model: Any, grid: Grid) -> int:
+    """How many time steps `model` takes for a clip of `grid`, patched or not."""
+    return model.everest.num_candidates(grid[0]) if hasattr(model, "everest") else grid[0]
+
+
 def checked_selection(selection: Any) -> TokenSelection | None:
     """`token_selection` as a caller gave it. Raises TypeError for anything but a TokenSelection or None."""
     if selection is not None and not isinstance(selection, TokenSelection):

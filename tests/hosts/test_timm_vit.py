@@ -21,6 +21,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import everest_tokens as et
@@ -1255,10 +1256,8 @@ class TestCountFlops:
     @staticmethod
     def counted(model: Any, x: Tensor) -> float:
         model = copy.deepcopy(model).requires_grad_(False)  # torch's counter stumbles over parameters as arguments
-        for module in model.modules():  # torch doesn't count fused attention on the CPU
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # unfused, because torch doesn't count the CPU's fused attention
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model(x)
         return counter.get_total_flops() / 2
 
@@ -1278,6 +1277,8 @@ class TestCountFlops:
             family("eva02_base_patch14_224", {"img_size": (28, 42)}, id="swiglu"),
             family(DINOV3, {}),
             family(MIXED, {}),
+            family("vit_dpwee_patch16_reg1_gap_256", {}, id="differential-attention"),
+            family(VIT, {"global_pool": "prr"}, id="prr", needs="AttentionPoolPrr"),
         ],
     )
 
@@ -1285,7 +1286,7 @@ class TestCountFlops:
     def test_the_image_model(self, name, overrides):
         model = build(name, **{"embed_dim": 64, **overrides})
         images = build_clips(model, batch=1, frames=1)[:, :, 0]
-        assert et.count_flops(model).total == pytest.approx(self.counted(model, images), rel=0.005)
+        assert et.count_flops(model).total == self.counted(model, images)
 
     @SHAPES
     @pytest.mark.parametrize("ratio", [0.3, 1.0])
@@ -1293,7 +1294,7 @@ class TestCountFlops:
         model = et.patch_videomae(build(name, **{"embed_dim": 64, **overrides}), et.ReRoSelector(ratio), num_frames=8)
         clips = build_clips(model, batch=1, frames=8)
         count = et.count_flops(model)
-        assert count.total == pytest.approx(self.counted(model, clips), rel=0.005)
+        assert count.total - count.selection == self.counted(model, clips)
         assert count.decoder == 0
         assert count.selection == 3 * 6 * 64  # l2: one product a channel of each pair
         assert count.patch_embedding == 24 * 64 * 3 * 2 * math.prod(model.patch_embed.patch_size)
@@ -1304,17 +1305,6 @@ class TestCountFlops:
         )
         clips = build_clips(model, batch=1, frames=12)
         assert et.count_flops(model).total == pytest.approx(self.counted(model, clips), rel=0.005)
-
-    @pytest.mark.parametrize(
-        ("name", "overrides"),
-        [
-            family("vit_dpwee_patch16_reg1_gap_256", {}, id="differential-attention"),
-            family(VIT, {"global_pool": "prr"}, id="prr", needs="AttentionPoolPrr"),
-        ],
-    )
-    def test_what_it_cannot_count(self, name, overrides):
-        with pytest.raises(TypeError, match="count_flops doesn't know"):
-            et.count_flops(build(name, **overrides))
 
     def test_a_full_size_model(self):
         # ViT-B over 8·14·14 tokens is VideoMAE's ViT-B (180.5 GFLOPs in Table 1); a block counts alike twelve times.
