@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from everest_tokens import numerics
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.hosts import checkpoint_numbers, timm_vit, transformers_videomae, videomae_family
+from everest_tokens.hosts import timm_vit, transformers_videomae, videomae_family
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, frame_sampler_from, selector_from
 from everest_tokens.selectors import ReRoSelector, Selector
@@ -93,7 +94,7 @@ def patch_videomae(
     if frame_sampler is None and recorded and recorded["frame_sampler"]:
         frame_sampler = frame_sampler_from(recorded["frame_sampler"])
     if is_patched(root) and host is transformers_videomae:  # a live model's own win over what was recorded
-        numbers = checkpoint_numbers.numbers_of(root)
+        numbers = numerics.numbers_of(root)
     policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
     policy.settings.update(numbers)
     policy.check(host.model_grid(root, options))

@@ -14,7 +14,6 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from everest_tokens.hosts.constant_table import ConstantTable
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
 from everest_tokens.hosts.selecting_model import SelectingModel, select_by
@@ -24,7 +23,7 @@ from everest_tokens.hosts.stochastic_depth import (
     set_stochastic_depth,
 )
 from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, num_candidates, visible_tokens
-from everest_tokens.positions import sincos_table
+from everest_tokens.positions import ConstantTable, sincos_table
 from everest_tokens.selection import SelectionPolicy, TokenSelection
 from everest_tokens.selectors import Grid
 from everest_tokens.tubelets import TubeletSize, is_unhooked

@@ -20,8 +20,7 @@ from transformers.models.videomae import modeling_videomae as original
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.generic import can_return_tuple
 
-from everest_tokens.hosts import checkpoint_numbers
-from everest_tokens.hosts.constant_table import ConstantTable
+from everest_tokens import numerics
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.visible_tokens import (
     SelectionRequest,
@@ -30,6 +29,7 @@ from everest_tokens.hosts.visible_tokens import (
     num_candidates,
     visible_tokens,
 )
+from everest_tokens.positions import ConstantTable
 from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, source_positions
 from everest_tokens.selectors import Grid
 from everest_tokens.tubelets import TubeletSize, gather_tubelets, is_unhooked
@@ -215,10 +215,10 @@ def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, opt
             "load the checkpoint with use_mean_pooling=True",
             stacklevel=3,
         )
-    numbers = checkpoint_numbers.numbers_in(policy.settings)
-    if numbers and not checkpoint_numbers.is_equipped(model):
-        checkpoint_numbers.equip(model, numbers)
-    policy.settings.update(checkpoint_numbers.numbers_of(model))
+    numbers = numerics.numbers_in(policy.settings)
+    if numbers and not numerics.is_equipped(model):
+        numerics.equip(model, numbers)
+    policy.settings.update(numerics.numbers_of(model))
     embeddings.__class__ = VideoMAEEmbeddings
     embeddings.everest = model.everest = policy
     device = next(model.parameters()).device
@@ -263,8 +263,8 @@ def detach(model: original.VideoMAEPreTrainedModel, again: PatchOptions | None) 
     backbone.embeddings.__dict__.pop("_warned_of_mask", None)
     if getattr(model.config, "everest", None) is model.everest.settings:
         del model.config.everest
-        if checkpoint_numbers.lacking(model):  # what its numbers need stays with it, also in the next folder
-            model.config.everest = {"task": task_of(model), **checkpoint_numbers.numbers_of(model)}
+        if numerics.lacking(model):  # what its numbers need stays with it, also in the next folder
+            model.config.everest = {"task": task_of(model), **numerics.numbers_of(model)}
     del model.everest
 
 
