@@ -22,7 +22,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 from everest_tokens import numerics
 from everest_tokens.checkpoint_files import BESIDE, KERNEL, OTHER_TARGETS, family_of, read_weights
 from everest_tokens.positions import mvd_table, resample_table, sinusoid_table
-from everest_tokens.selectors import Grid
+from everest_tokens.tubelets import Grid
 
 logger = logging.getLogger(__name__)
 

@@ -65,13 +65,13 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
     """
     root = unwrap(model)
     host = host_of(root)
-    host.check_patchable(root)
+    host.check(root)
     shape, grid, channels = host.example(root)
     if num_visible is not None and grid[0] == 1:
         raise ValueError(
             f"num_visible={num_visible}: {type(root).__qualname__} runs an image's every token until it is patched"
         )
-    pretraining = host.task_of(root) == "pretraining"
+    pretraining = host.task(root) == "pretraining"
     with counting(root):
         running = on_meta(root)
         if not is_patched(root) and (pretraining or num_visible is not None):

@@ -6,9 +6,9 @@ import math
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
-from everest_tokens.selectors import Grid
+from everest_tokens.tubelets import Grid
 
 
 class ConstantTable:
@@ -31,15 +31,21 @@ class ConstantTable:
             self._copies[device] = copy
         return copy
 
+    def follow(self, module: nn.Module) -> None:
+        """Copy the constant to where a module's parameters are, if it has any of its own (FSDP may have taken them)."""
+        for parameter in module.parameters():
+            self.to(parameter.device)
+            return
+
 
 def sinusoid_table(tokens: int, width: int) -> Tensor:
     """Compute VideoMAE's, over the flat index of the token, (tokens, width) float32.
 
     Channels 2i and 2i + 1 are the sine and the cosine of index · 10000^(−2i/width).
     """
-    frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * frequency
-    table = torch.empty(tokens, width)
+    frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    angle = torch.arange(tokens, dtype=torch.float64, device="cpu")[:, None] * frequency
+    table = torch.empty(tokens, width, device="cpu")
     table[:, 0::2] = angle.sin()
     table[:, 1::2] = angle[:, : width // 2].cos_()
     return table
@@ -49,8 +55,8 @@ def sincos_table(positions: int, width: int) -> Tensor:
     """Compute [sin(p·ω), cos(p·ω)] with ω_i = 10000^(−i/(width/2)), i < width/2, (positions, width) float32."""
     if width % 2:
         raise ValueError(f"a sin-cos table needs an even width, got {width}")
-    frequency = 10000 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    frequency = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2))
+    angle = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from everest_tokens.selectors import Grid
+Grid = tuple[int, int, int]  # (t, h, w): time steps, rows and columns of tokens; positions run t-major
 
 
 @dataclass(frozen=True)
