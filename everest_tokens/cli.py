@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from everest_tokens import __version__
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status. Bad input ends in one line on standard error and status 2."""
     parser = argparse.ArgumentParser(
         prog="everest-tokens", description="Token selection for video transformers (EVEREST, ICML 2024)."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_demo(commands)
     add_visualize(commands)

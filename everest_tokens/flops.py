@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from everest_tokens.meta_copy import counting, on_meta
+from everest_tokens.dry_run import counting, on_meta
 from everest_tokens.patching import host_of, is_patched, patch_videomae, unwrap
 from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import RandomSelector, ReRoSelector, TubeSelector
@@ -119,7 +119,7 @@ def _with_visible(selection: TokenSelection, num_visible: int) -> TokenSelection
     """A selection of as many tokens of which `num_visible` are visible: which ones costs the same."""
     kept = selection.kept
     most = kept.shape[1] - (selection.target is not None)  # a decoder needs a target
-    if not 1 <= num_visible <= most:
+    if not isinstance(num_visible, int) or not 1 <= num_visible <= most:
         raise ValueError(f"num_visible must be in 1…{most} ({kept.shape[1]} tokens are kept), got {num_visible}")
     target = None if selection.target is None else kept[:, num_visible:]
     return replace(selection, visible=kept[:, :num_visible], target=target)

@@ -19,6 +19,9 @@ from everest_tokens.tubelets import Grid
 class TokenSelection:
     """Which tokens of a batch of clips reach the encoder and which are predicted; the others are dropped.
 
+    A pytree, and known to `torch.load(weights_only=True)` from when it is imported (`from everest_tokens import
+    TokenSelection`), as it is wherever a model is patched.
+
     Attributes:
         visible: (B, V) int64, ascending: positions in the t-major grid that the encoder sees.
         target: (B, M) int64, ascending: positions whose pixels the decoder predicts (Eq. 3); None outside pre-training.

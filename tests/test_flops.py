@@ -18,7 +18,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 from transformers.models.videomae import modeling_videomae
 
 import everest_tokens as et
-from everest_tokens.meta_copy import on_meta
+from everest_tokens.dry_run import on_meta
 
 # width, depth, heads; decoder width and heads
 SIZES = {
@@ -278,6 +278,7 @@ class TestParts:
             (VideoMAEForVideoClassification, 0),
             (VideoMAEForVideoClassification, -3),
             (VideoMAEForVideoClassification, 1569),
+            (VideoMAEForVideoClassification, 0.5),
         ],
     )
     def test_bad_num_visible(self, cls, num_visible):
@@ -380,10 +381,16 @@ class TestAroundTheModel:
         model.videomae.encoder.layer[1].compile()
         assert et.count_flops(model) == expected
 
-    def test_weights_offloaded_by_accelerate(self, make_model):
+    @pytest.mark.parametrize("cls", [VideoMAEForPreTraining, VideoMAEForVideoClassification])
+    @pytest.mark.parametrize("patched", [True, False])
+    def test_what_accelerate_wraps_a_forward_in(self, make_model, cls, patched):
         accelerate = pytest.importorskip("accelerate")
-        model = et.patch_videomae(make_model(VideoMAEForVideoClassification))
+        model = make_model(cls)
+        if patched:
+            et.patch_videomae(model)
         expected = et.count_flops(model)
+        prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(copy.deepcopy(model))
+        assert et.count_flops(prepared) == expected
         accelerate.cpu_offload(model, torch.device("cpu"))
         assert et.count_flops(model) == expected
 

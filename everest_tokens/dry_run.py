@@ -1,4 +1,4 @@
-"""A model without its weights: a copy on the meta device, which computes shapes, and a count of what it multiplies."""
+"""A forward without weights: a model's copy on the meta device, and a count of the products that it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # Words in the names of torch's operators that sum products; its counter knows only some of them.
 _SUMS_PRODUCTS = re.compile(
-    r"\w*(mm|mv|rnn)|v?dot|addr|matmul|(tri)?linear|conv.*|attention|head|cdist|lstm|gru|fft|linalg"
+    r"\w*(mm|mv|rnn)|v?dot|addr|matmul|(tri)?linear|conv.*|attention|cdist|lstm|gru|fft|linalg"
 )
 _SPACES = ("aten", "prim", "prims", "profiler")  # torch's own operators
 _DENSE = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")  # transformers' names
@@ -27,7 +27,7 @@ def on_meta(root: nn.Module) -> Any:
     """Copy a model whose every parameter, buffer and plain tensor is on the meta device, in `eval()`.
 
     Forward hooks come along; those bound to something outside the model share it. FSDP2, compilation of submodules and
-    accelerate's moving of weights do not, because they are about where and how a forward runs, not what it computes.
+    what accelerate wraps a forward in do not: they are about where and how a forward runs, not about what it computes.
     Floating-point tensors become float32, so that half-precision and mixed models run without autocast.
     """
     modules = dict.fromkeys(getattr(module, "_orig_mod", module) for module in root.modules())
@@ -78,14 +78,16 @@ def _unsharded(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
     """What of a module is copied."""
-    state = {name: value for name, value in vars(module).items() if name != "_compiled_call_impl"}
-    if state.pop("_hf_hook", None) is not None:
-        state["forward"] = state.pop("_old_forward")
+    state = {name: value for name, value in vars(module).items() if name not in ("_compiled_call_impl", "_hf_hook")}
+    before = (state.get(name) for name in ("_old_forward", "_original_forward"))  # before accelerate wrapped it
+    if any(getattr(forward, "__func__", None) is type(module).forward for forward in before):
+        state.pop("forward", None)
     for name in ("_forward_pre_hooks", "_forward_hooks"):
-        hooks = {key: (hook, getattr(hook, "__self__", None)) for key, hook in state[name].items()}
-        kept = {key: hook for key, (hook, owner) in hooks.items() if not _distributes(owner)}
-        memo.update((id(hook), hook) for key, hook in kept.items() if id(hooks[key][1]) not in memo)
-        state[name] = OrderedDict(kept)
+        owners = {key: getattr(hook, "__self__", None) for key, hook in state[name].items()}
+        kept = [key for key, owner in owners.items() if not type(owner).__module__.startswith("torch.distributed.")]
+        state[name] = OrderedDict((key, state[name][key]) for key in kept)
+        foreign = [key for key in kept if owners[key] is not None and id(owners[key]) not in memo]
+        memo.update((id(hook), hook) for hook in map(state[name].get, foreign))
     return state
 
 
@@ -98,7 +100,3 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         while len(memo) > known:  # half-made copies
             memo.popitem()
         return value
-
-
-def _distributes(owner: Any) -> bool:
-    return type(owner).__module__.startswith("torch.distributed.")
