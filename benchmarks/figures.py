@@ -26,13 +26,14 @@ STYLES = {
     "videomae": ("#000000", "*", "VideoMAE, 90 % tube"),
     "paper": ("#D55E00", "x", "the paper's figure"),
 }
+PHASES = ("pre-training", "fine-tuning", "inference")  # as panels stand
 BASELINE = "0.55"  # of bars: a grey
 GB = 1e9
 
 
 def panels(count: int, caption: str, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     """A row of axes as wide as a README shows, with what was measured where below them."""
-    figure = Figure(figsize=(9.0, height), dpi=130, layout="constrained")
+    figure = Figure(figsize=(max(9.0, 4.2 * count), height), dpi=130, layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     figure.supxlabel(caption, fontsize=9, color="0.35")
     for axis in axes:
@@ -88,10 +89,19 @@ def clips(row: Row) -> str:
     return f"{row['batch_size']} clip{'' if row['batch_size'] == 1 else 's'}"
 
 
+def three_digits(value: float) -> str:
+    """Never as a power of ten."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def memory_of(row: Row) -> float | None:
     """Bytes: the allocator's peak where there is one, else what is saved for backward."""
     peak = row["peak_allocated_bytes"]
     return row["saved_bytes"] if peak is None else peak
+
+
+def phases_of(rows: Sequence[Row]) -> list[str]:
+    return [phase for phase in PHASES if any(row["phase"] == phase for row in rows)]
 
 
 def memory_name(rows: Sequence[Row]) -> str:
@@ -101,8 +111,8 @@ def memory_name(rows: Sequence[Row]) -> str:
 
 def memory_by_size(rows: Sequence[Row], caption: str) -> Figure:
     """Figure 1 (b): memory of a step, all tokens against ReRo, for each size."""
-    figure, axes = panels(2, caption)
-    for axis, phase in zip(axes, ("pre-training", "fine-tuning"), strict=True):
+    figure, axes = panels(len(phases_of(rows)), caption)
+    for axis, phase in zip(axes, phases_of(rows), strict=True):
         mine = [row for row in rows if row["phase"] == phase]
         groups: dict[str, dict[bool, float]] = {}
         for row in mine:
@@ -125,9 +135,9 @@ def memory_by_size(rows: Sequence[Row], caption: str) -> Figure:
 
 
 def speedup(rows: Sequence[Row], caption: str) -> Figure:
-    """Realised speed-up of a training step against the limit that the forward's multiply–accumulates set."""
-    figure, axes = panels(2, caption, height=4.0)
-    for axis, phase in zip(axes, ("pre-training", "fine-tuning"), strict=True):
+    """Realised speed-up of a step against the limit that the forward's multiply–accumulates set."""
+    figure, axes = panels(len(phases_of(rows)), caption, height=4.0)
+    for axis, phase in zip(axes, phases_of(rows), strict=True):
         mine = [r for r in rows if r["phase"] == phase and not r["baseline"] and r["step_ratio"]]
         most = max([2.2, *(1 / r["gflops_ratio"] for r in mine), *(1 / r["step_ratio"] for r in mine)]) * 1.05
         axis.plot([1, most], [1, most], color="0.6", linewidth=1, label="the FLOPs' limit")
@@ -137,7 +147,11 @@ def speedup(rows: Sequence[Row], caption: str) -> Figure:
             plot(axis, method, [x for x, _, _ in points], [y for _, y, _ in points], linestyle="none")
             for x, y, row in points:
                 if method == "rero":
-                    axis.annotate(row["size"], (x, y), textcoords="offset points", xytext=(6, -9), fontsize=8)
+                    batches = {r["batch_size"] for r in mine if r["size"] == row["size"]}
+                    name = row["size"] if len(batches) == 1 else f"{row['size']}, {clips(row)}"
+                    crowded = any(0 < u - x < 0.15 * most and abs(v - y) < 0.05 * most for u, v, _ in points)
+                    where = {"xytext": (-6, -3), "ha": "right"} if crowded else {"xytext": (7, -3)}
+                    axis.annotate(name, (x, y), textcoords="offset points", fontsize=8, **where)
         axis.set_title(phase)
         whose = "VideoMAE's" if phase == "pre-training" else "all tokens'"
         axis.set_xlabel(f"{whose} GFLOPs / the method's")
@@ -147,26 +161,32 @@ def speedup(rows: Sequence[Row], caption: str) -> Figure:
 
 
 def sweep(rows: Sequence[Row], along: str, name: str, caption: str, value: Callable[[Row], float]) -> Figure:
-    """Time, then memory, of a step along one setting: as multiples of the baseline's, or absolute for frames."""
+    """Time, then memory, of a step along one setting: as multiples of the baseline's, or absolute for frames.
+
+    There is no panel of memory where none was measured, as of inference on a CPU.
+    """
     relative = along == "keep_ratio"
-    figure, axes = panels(2, caption)
-    for phase, line in (("fine-tuning", "-"), ("pre-training", "--")):
+    measured = [row for row in rows if memory_of(row)]
+    figure, axes = panels(2 if measured else 1, caption)
+    for phase, line in (("fine-tuning", "-"), ("pre-training", "--"), ("inference", ":")):
         mine = [row for row in rows if row["phase"] == phase and not row["out_of_memory"]]
         for method in ("videomae", "all tokens", "rero"):
             points = sorted((row for row in mine if row["method"] == method), key=value)
             if not points or (relative and points[0]["baseline"]):
                 continue
             xs, more = [value(row) for row in points], {"linestyle": line, "label": f"{STYLES[method][2]}, {phase}"}
+            plot(axes[0], method, xs, [row["step_ratio" if relative else "median_seconds"] for row in points], **more)
             if relative:
-                plot(axes[0], method, xs, [row["step_ratio"] for row in points], **more)
                 ratio = [row["gflops_ratio"] for row in points]
                 axes[0].plot(xs, ratio, color="0.6", linestyle=line, linewidth=1, label=f"GFLOPs, {phase}")
-                plot(axes[1], method, xs, [row["saved_ratio"] for row in points], **more)
-            else:
-                plot(axes[0], method, xs, [row["median_seconds"] for row in points], **more)
-                plot(axes[1], method, xs, [(memory_of(row) or 0) / GB for row in points], **more)
+            memory = [row["memory_ratio"] if relative else (memory_of(row) or 0) / GB for row in points]
+            known = [(x, y) for x, y in zip(xs, memory, strict=True) if y]
+            if known:
+                plot(axes[1], method, [x for x, _ in known], [y for _, y in known], **more)
     axes[0].set_ylabel("step time / the unpatched model's" if relative else "seconds of a step")
-    axes[1].set_ylabel("bytes saved for backward / its" if relative else memory_name(rows))
+    if measured:
+        of_memory = memory_name(measured)
+        axes[1].set_ylabel(f"{of_memory.removesuffix(', GB')} / its" if relative else of_memory)
     for axis in axes:
         axis.set_xlabel(name)
         axis.set_ylim(bottom=0)

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import transformers
 from documents import write
+from step_cost import PHASES, config_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from train_step import PHASES, config_of
 from transformers.models.videomae import modeling_videomae
 
 import everest_tokens as et

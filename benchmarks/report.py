@@ -2,7 +2,8 @@
 
     python benchmarks/report.py
 
-results/notes.md is included below the targets: what remains where one is missed, and why.
+results/notes.md is included below the targets: what remains where one is missed, and why. results/notes_NAME.md is
+included where files *_NAME*.json are shown: what must be known of how they were measured.
 
 A number in RESULTS.md was measured by the named script on the named device, or it is the paper's and marked † so.
 """
@@ -20,8 +21,10 @@ from typing import Any
 import figures
 from documents import RESULTS
 from motion_clips import DIRECTIONS, Task, share_with_motion
+from selection_cost import EMBEDDING_TARGET
+from selection_cost import targets_of as embedding_targets_of
+from step_cost import MEMORY_TARGETS, PHASES, SIZES, STEP_TARGET, STEP_TARGETS, targets_of
 from tqdm import tqdm
-from train_step import MEMORY_TARGETS, PHASES, SIZES, STEP_TARGET, targets_of
 
 Row = dict[str, Any]
 # Whole-node figures of the paper: Table 4 (ViT-B, pre-training, batch of 128), Table 5 (ViT-B, fine-tuning, 128) and
@@ -50,13 +53,28 @@ TABLE_17 = {"running cell": 91.0, "rero": 93.4}
 
 
 def documents(folder: Path, stem: str) -> list[dict[str, Any]]:
-    """The results files of one script, each with its name."""
-    return [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob(f"{stem}*.json"))]
+    """The results files of one script, each with its name; a GPU's come first."""
+    found = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob(f"{stem}*.json"))]
+    return sorted(found, key=lambda document: not on_gpu(document))
+
+
+def on_gpu(measured: dict[str, Any]) -> bool:
+    """Whether a file or a row was measured on a GPU; what was counted from shapes has no device."""
+    return not str(measured.get("device", "CPU")).startswith("CPU")
+
+
+def notes_on(found: Iterable[dict[str, Any]], folder: Path) -> Iterator[str]:
+    """The notes on files of one name, once for all of them."""
+    files = [document["file"] for document in found]
+    for path in sorted(folder.glob("notes_*.md")):
+        name = path.stem.removeprefix("notes_")
+        if any(f"_{name}" in file for file in files):
+            yield from [*path.read_text().splitlines(), ""]
 
 
 def rows_of(found: Iterable[dict[str, Any]]) -> list[Row]:
     """Their runs, each knowing its device and file."""
-    keys = ("device", "file", "world_size", "settings")
+    keys = ("device", "file", "world_size", "settings", "versions")
     for document in found:
         if "runs" not in document:
             raise ValueError(f"{document['file']} has no runs: written by an older script, measure again")
@@ -97,6 +115,12 @@ def number(value: float | None, digits: str = ".3f") -> str:
 
 def gigabytes(value: float | None) -> str:
     return number(None if value is None else value / 1e9, ".2f")
+
+
+def versions_of(measured: dict[str, Any]) -> str:
+    """Of what a time depends on."""
+    names = ("torch", "transformers")
+    return ", ".join(f"{name} {measured['versions'][name]}" for name in names if name in measured["versions"])
 
 
 def percent(values: Sequence[float]) -> str:
@@ -170,56 +194,51 @@ def compute(report: Report, folder: Path) -> None:
         report.add(sources([document]))
 
 
-def training(report: Report, folder: Path) -> None:
+def steps(report: Report, folder: Path) -> None:
     """Step time and memory: Figure 1 (b), Tables 3 to 5, sweeps, and the targets."""
-    found = documents(folder, "train_step")
+    found = documents(folder, "step_cost")
     rows = mark_cases(rows_of(found))
     report.add(
         [
-            "## Training steps",
+            "## What a step costs",
             "",
-            "Forward, backward and fused AdamW. Ratios are to the unpatched model: all tokens in fine-tuning, "
-            "VideoMAE's 90 % tube mask in pre-training (decoder depth 4). Methods of a case take turns on one set of "
-            "weights; a ratio is the median over the turns, quartiles in brackets. The limit is the ratio of forward "
-            f"GFLOPs; the target is a step at most {STEP_TARGET} × that. Peaks are summed over the GPUs of a run. What "
-            "a compiled graph saves for backward isn't counted; compiled, the unpatched pre-training model breaks its "
-            "graph at its boolean masks, a patched one is one graph.",
+            "In training forward, backward and fused AdamW, in inference a classifier's forward alone. Ratios are to "
+            "the unpatched model: all tokens in fine-tuning and inference, VideoMAE's 90 % tube mask in pre-training "
+            "(decoder depth 4). Methods of a case take turns on one set of weights; a ratio is the median over the "
+            "turns, quartiles in brackets. The limit is the ratio of forward GFLOPs; the target is a step at most "
+            f"{STEP_TARGET} × that, and on a GPU what stands below. Peaks are summed over the GPUs of a run. What a "
+            "compiled graph saves for backward isn't counted; compiled, the unpatched pre-training model breaks its "
+            "graph at its boolean masks, a patched one is one graph. `train_step.py` in a command is `step_cost.py` "
+            "by its former name.",
             "",
         ]
     )
+    report.add(notes_on(found, folder))
     for caption, mine in grouped(rows, circumstances).items():
         main = [row for row in mine if row["frames"] == 16 and row["usual"]]
         report.add([f"### {caption}", ""])
+        report.add(sources([one for one in found if one["file"] in {row["file"] for row in mine}]))
         name = slug(caption)
         fast = [row for row in main if not row["out_of_memory"] and row["step_ratio"] is not None]
-        if fast:
+        several = len({(row["size"], row["phase"]) for row in fast}) > 1  # one pair of numbers needs no picture
+        if several and any(not row["baseline"] for row in fast):
             report.draw(f"speedup-{name}", figures.speedup(fast, caption), "Realised speed-up against the FLOPs' limit")
-            largest = sorted(largest_batches(fast), key=lambda row: list(SIZES).index(row["size"]))
-            if all(figures.memory_of(row) for row in largest):
-                figure = figures.memory_by_size(largest, caption)
-                report.draw(f"memory-{name}", figure, "Memory of a training step by size")
-        titles = [
-            "",
-            "ρ",
-            "kept",
-            "GFLOPs",
-            "ratio",
-            "step, s",
-            "ratio",
-            "clips/s",
-            "saved for backward, GB",
-            "ratio",
-            "peak, GB",
-        ]
-        report.add(table(titles, (step_cells(row) for row in main)))
+        largest = sorted(largest_batches(fast), key=lambda row: list(SIZES).index(row["size"]))
+        largest = [row for row in largest if figures.memory_of(row)]
+        if several and largest:
+            report.draw(f"memory-{name}", figures.memory_by_size(largest, caption), "Memory of a step by size")
+        report.add(step_table(main))
+        others = [row for row in mine if row not in main]
+        if others:
+            report.add(["Other keep ratios and clips of other lengths:", ""])
+            report.add(step_table(others))
         sweeps(report, [row for row in mine if not row["out_of_memory"]], caption, name)
-    report.add(targets(rows))
+    report.add(targets(rows, rows_of(documents(folder, "selection_cost"))))
     notes = folder / "notes.md"
     if notes.is_file():
         report.add([*notes.read_text().splitlines(), ""])
     report.add(paper_tables([row for row in rows if row["usual"]]))
     report.add(table_3(rows))
-    report.add(sources(found))
 
 
 def mark_cases(rows: Sequence[Row]) -> list[Row]:
@@ -229,14 +248,21 @@ def mark_cases(rows: Sequence[Row]) -> list[Row]:
         cases += [[]] if row["baseline"] else []
         cases[-1].append(row)
     return [
-        row | {"case": number, "usual": all(map(usual_ratio, case))}
+        row | {"case": number, "usual": all(map(usual_ratio, case)), "memory_ratio": memory_ratio(row, case[0])}
         for number, case in enumerate(cases)
         for row in case
     ]
 
 
+def memory_ratio(row: Row, baseline: Row) -> float | None:
+    """The row's share of the baseline's memory: of the allocator's peak, or of what is saved for backward."""
+    own, its = figures.memory_of(row), figures.memory_of(baseline)
+    return own / its if own and its else None
+
+
 def model_of(row: Row) -> str:
-    return f"ViT-{row['size']} {row['phase']}, {figures.clips(row)}"
+    frames = f" of {row['frames']} frames" if row.get("frames", 16) != 16 else ""
+    return f"ViT-{row['size']} {row['phase']}, {figures.clips(row)}{frames}"
 
 
 def circumstances(row: Row) -> str:
@@ -249,25 +275,37 @@ def usual_ratio(row: Row) -> bool:
     return row["method"] not in ("rero", "random") or row["keep_ratio"] == PHASES[row["phase"]][1]
 
 
-def step_cells(row: Row) -> list[str]:
+def step_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Seconds, or milliseconds where no step takes a second."""
+    short = all(row["median_seconds"] < 1 for row in rows if not row["out_of_memory"])
+    unit, scale = ("ms", 1e3) if short else ("s", 1)
+    titles = ["", "ρ", "kept", "GFLOPs", "ratio", f"step, {unit}", "ratio", "clips/s"]
+    titles += ["saved for backward, GB", "ratio", "peak, GB", "ratio"]
+    yield from table(titles, (step_cells(row, scale) for row in rows))
+
+
+def step_cells(row: Row, scale: float) -> list[str]:
     what = f"{model_of(row)}, {figures.STYLES[row['method']][2]}"
+    what += " (without CUDA graphs)" if row.get("cuda_graphs") is False else ""
     cells = [what, number(row["keep_ratio"], ".2f"), f"{row['kept']}/{row['tokens']}"]
     cells += [f"{row['gflops']:.1f}", number(row["gflops_ratio"])]
     if row["out_of_memory"]:
-        return [*cells, "out of memory", *["–"] * 5]
+        return [*cells, "out of memory", *["–"] * 6]
     low, high = row["step_ratio_quartiles"] or (None, None)
     spread = "" if low is None else f" ({number(low)}–{number(high)})"
-    cells += [f"{row['median_seconds']:.3g}", f"{number(row['step_ratio'])}{spread}", f"{row['clips_per_second']:.3g}"]
-    cells += [gigabytes(row["saved_bytes"]), number(row["saved_ratio"])]
-    return [*cells, gigabytes(row["peak_allocated_bytes"])]
+    cells += [figures.three_digits(scale * row["median_seconds"]), f"{number(row['step_ratio'])}{spread}"]
+    cells += [figures.three_digits(row["clips_per_second"]), gigabytes(row["saved_bytes"]), number(row["saved_ratio"])]
+    peak = row["peak_allocated_bytes"]
+    return [*cells, gigabytes(peak), number(None if peak is None else row["memory_ratio"])]
 
 
 def largest_batches(rows: Sequence[Row]) -> list[Row]:
-    """Of each size and phase the rows at the largest batch that all of its methods could run."""
+    """Of each phase the rows at the largest batch that all sizes ran; without one, at the largest of each size."""
     chosen: list[Row] = []
-    for _, mine in grouped(rows, lambda r: (r["size"], r["phase"])).items():
-        most = max(row["batch_size"] for row in mine)
-        chosen += [row for row in mine if row["batch_size"] == most]
+    for mine in grouped(rows, lambda r: r["phase"]).values():
+        batches = {size: {row["batch_size"] for row in its} for size, its in grouped(mine, lambda r: r["size"]).items()}
+        shared = set.intersection(*batches.values())
+        chosen += [row for row in mine if row["batch_size"] == max(shared or batches[row["size"]])]
     return chosen
 
 
@@ -289,73 +327,95 @@ def sweeps(report: Report, rows: Sequence[Row], caption: str, name: str) -> None
             )
 
 
-def targets(rows: Sequence[Row]) -> Iterator[str]:
+def targets(rows: Sequence[Row], selections: Sequence[Row]) -> Iterator[str]:
     """Every target that was measured, met or missed, and which were not measured."""
     yield "### Targets"
     yield ""
-    lines, measured = [], set()
-    for row in rows:
-        for what, value, most, digits in targets_of(row):
-            where = f"{model_of(row)}, {circumstances(row)}"
-            met = value is not None and value <= most
-            cells = ["out of memory" if value is None else format(value, digits), "met" if met else "**missed**"]
-            lines.append([where, what, f"≤ {most:{digits}}", *cells])
-            if what.startswith("peak"):
-                measured.add((row["phase"], row["size"], row["batch_size"]))
+    found = [(row, target) for row in rows for target in targets_of(row, on_gpu(row))]
+    found += [(row, target) for row in selections for target in embedding_targets_of(row, on_gpu(row))]
+    lines = []
+    for row, (what, value, most, digits) in found:
+        where = f"{model_of(row)}, {circumstances(row)}"
+        where += "" if row["keep_ratio"] == PHASES[row["phase"]][1] else f", keep ratio {row['keep_ratio']:g}"
+        met = value is not None and value <= most
+        cells = ["out of memory" if value is None else format(value, digits), "met" if met else "**missed**"]
+        lines.append([where, what, f"≤ {most:{digits}}", *cells])
     yield from table(["where", "what", "target", "measured", ""], lines)
+    yield from unmeasured([(row, what) for row, (what, *_) in found if on_gpu(row) and row["dtype"] == "bfloat16"])
+
+
+def unmeasured(found: Sequence[tuple[Row, str]]) -> Iterator[str]:
+    """The targets that are set for a GPU and that no row has."""
+    places = {(row["phase"], row["size"], row["batch_size"], row["keep_ratio"], row["mode"]) for row, _ in found}
+    peaks = {(row["phase"], row["size"], row["batch_size"]) for row, what in found if what.startswith("peak")}
     missing = [
-        f"ViT-{size} {phase} at {batch} clips a GPU ≤ {most / 1e9:g} GB"
-        for (phase, size, batch), most in MEMORY_TARGETS.items()
-        if (phase, size, batch) not in measured
+        f"{phase}, ViT-{size}, {clips} clips, keep ratio {ratio}, {mode}: step ≤ {most} of the unpatched model's"
+        for (phase, size, clips, ratio, mode), most in STEP_TARGETS.items()
+        if (phase, size, clips, ratio, mode) not in places
     ]
+    missing += [
+        f"{phase}, ViT-{size}, {clips} clips: peak ≤ {most / 1e9:.2f} GB"
+        for (phase, size, clips), most in MEMORY_TARGETS.items()
+        if (phase, size, clips) not in peaks
+    ]
+    if not any(what.startswith("embedding") for _, what in found):
+        missing.append(f"embedding and selection, ViT-B, 32 clips: ≤ {1e3 * EMBEDDING_TARGET:g} ms")
     if missing:
-        yield (
-            f"Not measured yet, for want of a GPU: peaks in bfloat16 ({', '.join(missing)})"
-            + ("" if measured else ", and the ratios of step time there")
-            + ". `python benchmarks/train_step.py --sizes B L --batch-sizes 16 32 --dtypes bfloat16` measures them on "
-            "one, `benchmarks/slurm/train_step.sbatch` Table 3 on a node."
-        )
+        yield "Not measured yet, in bfloat16 on one GPU (`benchmarks/gpu.sh` measures them all):"
+        yield ""
+        yield from (f"- {one}" for one in missing)
         yield ""
 
 
 def paper_tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Tables 3, 4 and 5: ours beside the paper's ratios, which other devices, precisions and batches gave."""
+    """Tables 3, 4 and 5: ours beside the paper's, which other devices, precisions and batches gave."""
     yield "### Beside Tables 3, 4 and 5"
     yield ""
     yield (
-        "ReRo's share of the unpatched model's time and memory. The paper's were measured on nodes of eight A6000s "
-        "(Table 4) and A100s (Table 3), ours on what stands in the line; memory is what is saved for backward where no "
-        "allocator's peak was measured. Table 4's time is that of an epoch. Table 3 at a batch of 256 is Table 1's "
-        "memory, whose GFLOPs are those of keep ratio 0.4; ours is 0.3."
+        "ReRo's share of the unpatched model's time and memory, and both models' memory on one device and clips a "
+        "second. The paper's were measured on nodes of eight A6000s (Table 4) and A100s (Table 3), of whose memory an "
+        "eighth is given here; Table 5 doesn't say on how many. Ours were measured on what stands in the line; the "
+        "ratio of memory is of what is saved for backward where no allocator's peak was measured. Table 4's time is "
+        "that of an epoch. Table 3 at a batch of 256 is Table 1's memory, whose GFLOPs are those of keep ratio 0.4; "
+        "ours is 0.3."
     )
     yield ""
     seconds, memory = (after / before for before, after in (TABLE_4["seconds"], TABLE_4["memory"]))
-    lines = [["Table 4: ViT-B, pre-training, batch of 128", f"{seconds:.3f}†", f"{memory:.3f}†"]]
-    lines.append(
-        ["Table 5: ViT-B, fine-tuning, batch of 128", "–", f"{TABLE_5['memory'][1] / TABLE_5['memory'][0]:.3f}†"]
-    )
+    share = TABLE_5["memory"][1] / TABLE_5["memory"][0]
+    node, cards = f"{eighths(*TABLE_4['memory'])}†", "8 × A6000†"
+    lines = [["Table 4: ViT-B, pre-training, batch of 128", f"{seconds:.3f}†", f"{memory:.3f}†", node, "–", cards]]
+    lines.append(["Table 5: ViT-B, fine-tuning, batch of 128", "–", f"{share:.3f}†", "–", "–", "–"])
     for size in "SBL":
-        before, after = TABLE_3["videomae", size], TABLE_3["rero", size]
-        shares = ", ".join(number(a / b) if b else "VideoMAE out of memory" for b, a in zip(before, after, strict=True))
-        batches = ", ".join(map(str, EFFECTIVE_BATCHES))
-        lines.append([f"Table 3: ViT-{size}, pre-training, batches of {batches}", "–", f"{shares}†"])
-    for mine in grouped([row for row in rows if row["frames"] == 16], lambda row: row["case"]).values():
-        for row in mine:
+        pairs = list(zip(TABLE_3["videomae", size], TABLE_3["rero", size], strict=True))
+        shares = ", ".join(number(a / b) if b else "VideoMAE out of memory" for b, a in pairs)
+        batches, node = ", ".join(map(str, EFFECTIVE_BATCHES)), ", ".join(eighths(*pair) for pair in pairs)
+        what = f"Table 3: ViT-{size}, pre-training, batches of {batches}"
+        lines.append([what, "–", f"{shares}†", f"{node}†", "–", "8 × A100†"])
+    trained = [row for row in rows if row["frames"] == 16 and row["phase"] != "inference"]
+    for baseline, *others in grouped(trained, lambda row: row["case"]).values():
+        for row in others:
             if row["method"] == "rero" and row["step_ratio"] is not None:
-                own, its = figures.memory_of(row), figures.memory_of(mine[0])
-                where = f"{model_of(row)}, {circumstances(row)}"
-                lines.append([where, number(row["step_ratio"]), number(own / its if own and its else None)])
-    yield from table(["", "time", "memory"], lines)
+                both = [one["peak_allocated_bytes_per_device"] for one in (baseline, row)]
+                node = " → ".join(map(gigabytes, both)) if all(both) else "–"
+                clips = " → ".join(figures.three_digits(one["clips_per_second"]) for one in (baseline, row))
+                ratios = map(number, (row["step_ratio"], row["memory_ratio"]))
+                lines.append([model_of(row), *ratios, node, clips, f"{circumstances(row)}; {versions_of(row)}"])
+    yield from table(["", "time", "memory", "GB a device", "clips/s", "device and versions"], lines)
+
+
+def eighths(before: float | None, after: float) -> str:
+    """GB on each of a node's eight devices."""
+    return f"{'OOM' if before is None else format(before / 8, '.1f')} → {after / 8:.1f}"
 
 
 def table_3(rows: Sequence[Row]) -> Iterator[str]:
-    """Table 3 where GPUs were measured: memory over all of them by effective batch size."""
+    """Table 3 where several GPUs were measured: memory over all of them by effective batch size."""
     measured = [
         row
         for row in rows
         if row["phase"] == "pre-training" and row["usual"] and row["frames"] == 16 and row["mode"] == "eager"
         if (row["method"], row["size"]) in TABLE_3 and (row["peak_allocated_bytes"] or row["out_of_memory"])
-        if "CPU" not in row["device"]
+        if on_gpu(row) and row["world_size"] > 1
     ]
     for where, mine in grouped(measured, circumstances).items():
         batches = sorted({row["world_size"] * row["batch_size"] for row in mine})
@@ -386,17 +446,25 @@ def selection_cost(report: Report, folder: Path) -> None:
             "## What selecting costs",
             "",
             "`policy.select` in whole (importance, top-k, the split into visible and target) and the gather of the "
-            "kept embeddings, as a share of ReRo's training step, measured in the same run; milliseconds for a batch.",
+            "kept embeddings, as a share of ReRo's step, measured in the same run; milliseconds for a batch. "
+            "Embedding is the model's whole one of the clips, with distance l2: tubelets, selection, gather, "
+            "positions; launches are its operators, those that only view memory aside, and on a GPU its kernels.",
             "",
         ]
     )
+    report.add(notes_on(found, folder))
 
     def cells(row: Row) -> list[str]:
         where = f"{model_of(row)}, {circumstances(row)}"
         parts = [f"{1e3 * row[f'{part}_seconds']:.2f}" for part in ("importance", "top_k", "gather", "select")]
-        return [where, row["distance"], *parts, f"{row['share']:.3%}"]
+        cells = [where, row["distance"], *parts, f"{row['share']:.3%}"]
+        if row["distance"] != "l2" or row.get("embedding_seconds") is None:
+            return [*cells, "–", "–"]
+        counts = [(row["embedding_operators"], "operators"), (row["embedding_kernels"], "kernels")]
+        launched = ", ".join(f"{count} {what}" for count, what in counts if count is not None)
+        return [*cells, f"{1e3 * row['embedding_seconds']:.2f}", launched or "–"]
 
-    titles = ["", "distance", "importance", "top-k", "gather", "select", "share of the step"]
+    titles = ["", "distance", "importance", "top-k", "gather", "select", "share of the step", "embedding", "launches"]
     report.add(table(titles, map(cells, rows_of(found))))
     report.add(sources(found))
 
@@ -616,7 +684,7 @@ def loading(report: Report, folder: Path) -> None:
     report.add(sources(found))
 
 
-SECTIONS = (compute, training, selection_cost, motion, loading)
+SECTIONS = (compute, steps, selection_cost, motion, loading)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a training step costs where it runs: bytes kept for backward, peaks, and seconds side by side."""
+"""What a step costs where it runs: bytes kept for backward, peaks, and seconds side by side."""
 
 from __future__ import annotations
 
@@ -53,6 +53,19 @@ def training_step(
     return step
 
 
+def inference_step(
+    model: Any, inputs: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """One forward of a model without what autograd would need; the arguments are those of `training_step`."""
+    device_type = inputs["pixel_values"].device.type
+
+    def step() -> None:
+        with torch.inference_mode(), torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32):
+            model(**inputs)
+
+    return step
+
+
 def bytes_saved_for_backward(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps from `forward()` until backward, each storage once.
 
@@ -68,7 +81,7 @@ def bytes_saved_for_backward(forward: Callable[[], object], exclude: Iterable[Te
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation's own output would hold the operation that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         held = forward()
@@ -119,6 +132,13 @@ def seconds_of(step: Callable[[], object], device: torch.device | str = "cpu") -
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """The median over the pairs of runs of numerator / denominator."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """What the CUDA allocator has handed out, cuBLAS's workspaces aside: those stay for every later step."""
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()  # as torch's notes on CUDA say; the next product makes them anew
+    return torch.cuda.memory_allocated(device)
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> tuple[int, int]:

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from everest_tokens.measuring import (
+    allocated_bytes,
     bytes_saved_for_backward,
+    inference_step,
     median_ratio,
     paired_seconds,
     peak_bytes,
@@ -49,6 +52,28 @@ def test_no_grad_keeps_nothing():
     layer, x = nn.Linear(8, 4), torch.randn(5, 8)
     with torch.no_grad():
         assert bytes_saved_for_backward(lambda: layer(x)) == 0
+
+
+def test_nothing_that_was_counted_outlives_the_count(monkeypatch):
+    """Softmax and exp keep their own output: a hook that returned that very tensor would close a cycle."""
+    seen: list[StorageWeakRef] = []
+    saved_tensors_hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def watching(pack, unpack):
+        def watched(tensor: Tensor) -> Tensor:
+            seen.append(StorageWeakRef(tensor.untyped_storage()))
+            return pack(tensor)
+
+        return saved_tensors_hooks(watched, unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watching)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 8)), torch.randn(5, 8)
+    expected = 5 * 8 * 4 * 2  # softmax's output, which the second layer takes, and exp's
+    assert bytes_saved_for_backward(lambda: model(x).exp(), exclude=(*model.parameters(), x)) == expected
+    lasting = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), x)}
+    passing = [storage for storage in seen if storage.cdata not in lasting]
+    assert len(passing) >= 3
+    assert all(storage.expired() for storage in passing)
 
 
 def test_runs_take_turns():
@@ -106,6 +131,16 @@ def test_a_training_step_runs_its_forward_in_the_autocast_dtype(dtype):
     assert model.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_keeps_nothing_and_runs_in_the_autocast_dtype(dtype):
+    model, outputs = Scale(), []
+    model.register_forward_hook(lambda module, args, kwargs, out: outputs.append(out.loss), with_kwargs=True)
+    inference_step(model, {"pixel_values": torch.ones(2, 2)}, dtype=dtype)()
+    assert model.dtype == dtype
+    assert outputs[0].is_inference()
+    assert model.weight.grad is None
+
+
 def test_models_that_share_parameters_share_an_optimizer():
     model, other = Scale(), Scale()
     other.weight = model.weight
@@ -128,6 +163,15 @@ def test_the_peak_is_of_one_step_from_a_clean_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
     assert peak_bytes(lambda: order.append("step"), torch.device("cuda")) == (5, 7)
     assert order == ["synchronize", "empty_cache", "reset_peak_memory_stats", "step", "synchronize", "read"]
+
+
+def test_what_is_allocated_is_read_without_cublas_workspaces(monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("synchronize"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("clear"), raising=False)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: order.append("read") or 5)
+    assert allocated_bytes(torch.device("cuda")) == 5
+    assert order == ["synchronize", "clear", "read"]
 
 
 def test_quartiles_are_values_that_were_measured():
