@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from everest_tokens.frame_sampling import InfoFrameSampler
 from everest_tokens.hosts import base
 from everest_tokens.hosts.base import Host, Snapshot
-from everest_tokens.hosts.dry_run import dry_run
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.timm_vit import TimmViT
 from everest_tokens.hosts.transformers_videomae import TransformersVideoMAE
+from everest_tokens.hosts.trial_run import trial_run
 from everest_tokens.hosts.videomae_family import VideoMAEFamily
 from everest_tokens.policy import LiveSettings, SelectionPolicy, frame_sampler_from, selector_from
 from everest_tokens.selection import TokenSelection
@@ -112,7 +112,7 @@ def patch_videomae(
             host.check_detachable(root)
             base.detach(host, root, options)
         base.attach(host, root, policy, options)
-        dry_run(host, root)
+        trial_run(host, root)
     except BaseException:
         before.restore()
         raise

@@ -41,7 +41,7 @@ def restore_class(module: Patched) -> None:
     """Undo `patch_class`, and drop what patching set on the module."""
     for name in ("everest", *module.patched_attributes):
         module.__dict__.pop(name, None)
-    module.__class__ = module._everest_bases[1]
+    module.__class__ = module._everest_bases[1]  # type: ignore[assignment]
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
