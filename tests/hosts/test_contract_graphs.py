@@ -77,10 +77,18 @@ class TestCompile:
         model = case.patched(dtype=torch.float32).train()
         twin, clips, selection = copy.deepcopy(model), case.clips(dtype=torch.float32), case.selection()
         case.checkpointing(twin)
-        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        graphs = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        compiled = torch.compile(twin, fullgraph=True, backend=backend)
         for each in (model, compiled):
             weighted(case.run(each, clips, selection)).backward()
         case.close_gradients(twin, model, 1e-3)
+        checkpoints = [node for node in graphs[0].graph.nodes if "activation_checkpoint" in str(node.target)]
+        assert len(checkpoints) == (4 if case.pretraining else 2)  # the graph knows of every block's
 
     @hosts(variants=False)
     def test_patching_after_compiling(self, case):

@@ -68,14 +68,18 @@ class TestPrecision:
         assert et.select_tokens(model, case.clips(dtype=dtype)).importance.dtype == torch.float32
 
     @hosts()
-    @pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-    def test_an_evaluation_first_costs_no_gradient(self, case, first):
-        model, clips = case.patched(dtype=torch.float32), case.clips(dtype=torch.float32)
+    @pytest.mark.parametrize("first", ["no_grad", "inference_mode", "selecting"])
+    def test_what_runs_first_costs_no_gradient(self, case, first):
+        """Autocast caches the weights that it casts: without grad, they would stay without in the next forward."""
+        model, clips, selection = case.patched(dtype=torch.float32), case.clips(dtype=torch.float32), None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with first():
-                case.run(model, clips)
-            case.run(model, clips)
-            weighted(case.run(model, clips).float()).backward()
+            if first == "selecting":  # and a hooked projection, which then runs by itself
+                model.get_submodule(case.projection).register_forward_hook(lambda module, args, output: None)
+                selection = et.select_tokens(model, clips)
+            else:
+                with getattr(torch, first)():
+                    case.run(model, clips)
+            weighted(case.run(model, clips, selection).float()).backward()
         without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
         assert without <= {"pos_embed"}  # which these models detach
 
