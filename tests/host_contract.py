@@ -135,7 +135,7 @@ def _pretraining(family: str, variant: bool = True) -> HostCase:
 
 def _with_video_kernel(plain: Any) -> Any:
     """Its kernel as the patched model has it, for the reference alone: timm's own forward is then broken."""
-    plain.patch_embed.proj.weight = torch.nn.Parameter(timm_models.inflated(plain).detach())
+    plain.patch_embed.proj.weight = torch.nn.Parameter(timm_models.inflated(plain))
     return plain
 
 

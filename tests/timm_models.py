@@ -5,6 +5,7 @@ The reference for what a patched image model computes: nothing here uses the lib
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import everest_tokens as et
 
 # Not square, so that swapped rows and columns show: 2 × 3 places.
 SMALL: dict[str, Any] = {"img_size": (32, 48), "embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 5}
@@ -49,6 +52,13 @@ def lacking(name: str, needs: str | None = None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason=f"timm {timm.__version__} lacks {name}")
 
 
+def family(name: str, *rest: Any, id: str | None = None, needs: str | None = None) -> Any:
+    return pytest.param(name, *rest, id=id or name, marks=lacking(name, needs))
+
+
+every_family = pytest.mark.parametrize("name", [family(name) for name in MODELS])
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """A tiny image model in eval mode whose every parameter is random: zero biases would hide mistakes."""
     model = timm.create_model(name, pretrained=False, **{**SMALL, **MODELS.get(name, {}), **overrides}).eval()
@@ -62,7 +72,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overri
 
 def inflated(plain: Any, tubelet: int = 2) -> Tensor:
     """The image's kernel, the same in every frame of a tubelet: (D, C, frames, height, width)."""
-    return (plain.patch_embed.proj.weight / tubelet)[:, :, None].repeat(1, 1, tubelet, 1, 1)
+    return (plain.patch_embed.proj.weight.detach() / tubelet)[:, :, None].repeat(1, 1, tubelet, 1, 1)
 
 
 def sincos(steps: int, width: int, rms: float) -> Tensor:
@@ -104,7 +114,7 @@ def tubelet_tokens(plain: Any, clips: Tensor, kernel: Tensor) -> Tensor:
 def by_hand(
     plain: Any,
     clips: Tensor,
-    selection: Any,
+    selection: et.TokenSelection,
     *,
     tubelet: int = 2,
     temporal: str = "sincos",
@@ -114,7 +124,7 @@ def by_hand(
 
     One clip at a time, so that rotary embeddings are what timm's blocks take for one image: (K, ·).
     """
-    kernel = inflated(plain, tubelet).detach() if kernel is None else kernel
+    kernel = inflated(plain, tubelet) if kernel is None else kernel
     t, h, w = selection.grid
     tokens = tubelet_tokens(plain, clips, kernel)
     flat = torch.zeros(1, h, w, plain.embed_dim, dtype=tokens.dtype)
@@ -145,3 +155,59 @@ def by_hand(
         features=last,
         output=plain.forward_head(last),
     )
+
+
+# Models are float64, so that what differs is wrong and not rounded; the temporal table may be float32's.
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+TIME = {"num_frames": 6, "tubelet_size": 2}  # 3 time steps, so 18 tokens
+
+
+def patched_copy(plain: Any, selector: Any = None, **kwargs: Any) -> Any:
+    return et.patch_videomae(copy.deepcopy(plain), selector, **{**TIME, **kwargs})
+
+
+def build_clips(
+    plain: Any, batch: int = 2, frames: int = 6, size: tuple[int, int] | None = None, seed: int = 1
+) -> Tensor:
+    """(batch, channels, frames, height, width) of the model's dtype."""
+    shape = (batch, 3, frames, *(size or plain.patch_embed.img_size))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(next(plain.parameters()).dtype)
+
+
+def static_clips(plain: Any, frames: int = 6) -> tuple[Tensor, Tensor]:
+    """Images (2, C, H, W) and clips (2, C, T, H, W) that show nothing else."""
+    images = build_clips(plain, frames=1)[:, :, 0]
+    return images, images[:, :, None].expand(-1, -1, frames, -1, -1).contiguous()
+
+
+def grid_of(plain: Any, clips: Tensor, tubelet: int = 2) -> tuple[int, int, int]:
+    _, _, frames, height, width = clips.shape
+    return frames // tubelet, height // plain.patch_embed.patch_size[0], width // plain.patch_embed.patch_size[1]
+
+
+def random_selection(grid: tuple[int, int, int], kept: int = 7, batch: int = 2, seed: int = 3) -> et.TokenSelection:
+    """Random tokens of every clip; made without the library's own selecting."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(math.prod(grid), generator=generator) for _ in range(batch)])
+    return et.TokenSelection(order[:, :kept].sort(dim=1).values, None, grid)
+
+
+def record(model: Any, run: Any, *modules: nn.Module) -> list[list[Tensor]]:
+    """What enters each of `modules`, default block 0, in each of their calls during `run()`."""
+    modules = modules or (model.blocks[0],)
+    seen: list[list[Tensor]] = [[] for _ in modules]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, into=into: into.append(args[0].detach().clone()))
+        for module, into in zip(modules, seen, strict=True)
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def entering_block_0(model: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    ((entered,),) = record(model, lambda: model(x, **kwargs))
+    return entered
