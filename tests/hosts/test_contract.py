@@ -19,6 +19,12 @@ import everest_tokens as et
 ENCODERS = {"when": lambda case: not case.pretraining}
 
 
+BYPASSED = pytest.param(
+    "every module",
+    marks=pytest.mark.xfail(strict=True, reason="the autograd function gives its gradients without the module's hooks"),
+)
+
+
 class TestKeepingEverything:
     @hosts()
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -89,13 +95,25 @@ class TestGivenSelection:
         assert (broken.grad[visible] != 0).float().mean() > 0.99
 
     @hosts(variants=False)
-    @pytest.mark.parametrize("where", ["projection", "embedding"])
-    def test_hooks_on_the_embedding_are_obeyed(self, case, where):
+    @pytest.mark.parametrize("where", ["projection", "embedding", BYPASSED])
+    def test_hooks_on_the_embedding_are_obeyed(self, case, where, request):
         """A hook forbids shortcuts around the projection's own forward; the numbers are the same."""
         clips, selection, calls = case.clips(), case.selection(), []
         model, hooked, scaled = (case.patched() for _ in range(3))
-        path = case.projection if where == "projection" else case.projection.rpartition(".")[0]
-        hooked.get_submodule(path).register_forward_hook(lambda module, args, output: calls.append(1) or 3 * output)
+        projection = hooked.get_submodule(case.projection)
+        hooks = {
+            "projection": projection.register_forward_hook,
+            "embedding": hooked.get_submodule(case.projection.rpartition(".")[0]).register_forward_hook,
+            "every module": torch.nn.modules.module.register_module_forward_hook,
+        }
+
+        def triple(module: Any, args: Any, output: Any) -> Any:
+            if where == "every module" and module is not projection:
+                return None
+            calls.append(1)
+            return 3 * output
+
+        request.addfinalizer(hooks[where](triple).remove)
         with torch.no_grad():
             for parameter in scaled.get_submodule(case.projection).parameters():
                 parameter *= 3
@@ -109,7 +127,7 @@ class TestGivenSelection:
             if name.startswith(case.projection):
                 wanted[name] *= 3
         case.close_gradients(hooked, wanted)
-        if where == "projection":  # which selecting sees
+        if where != "embedding":  # selecting sees it
             own = [et.select_tokens(each, clips).importance for each in (hooked, scaled, model)]
             torch.testing.assert_close(own[0], own[1])
             assert not torch.allclose(own[0], own[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from host_case import HostCase, gradients, weighted
 from host_contract import hosts
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -217,6 +219,44 @@ class TestFunctionalTransforms:
             weighted(case.run(model, clips[row : row + 1], one)).backward()
             wanted = gradients(model)
             case.close_gradients({name: per_sample[name][row] for name in wanted}, wanted)
+
+    @pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="the embedding's autograd function has no jvp")
+    @hosts()
+    def test_forward_mode_agrees_with_backward(self, case):
+        """⟨w, J·v⟩ = ⟨Jᵀ·w, v⟩."""
+        model, clips, selection = case.patched(), case.clips().requires_grad_(), case.selection()
+        direction = case.clips(seed=5)
+
+        def output(clips: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no forward mode
+                return case.run(model, clips, selection)
+
+        weighted(output(clips)).backward()
+        value, tangent = torch.func.jvp(output, (clips.detach(),), (direction,))
+        case.close(value, output(clips))
+        assert weighted(tangent).item() == pytest.approx((clips.grad * direction).sum().item(), rel=1e-9)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a trace with the embedding's function can't be saved")
+    @hosts("trace")
+    def test_a_trace_through_a_file(self, case):
+        model, buffer = case.patched(dtype=torch.float32), io.BytesIO()
+
+        class Output(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, clips: Tensor) -> Tensor:
+                return case.output(self.model(clips))
+
+        traced = torch.jit.trace(Output(), case.clips(dtype=torch.float32), check_trace=False)
+        torch.jit.save(traced, buffer)
+        buffer.seek(0)
+        loaded, clips = torch.jit.load(buffer), case.clips(batch=3, seed=4, dtype=torch.float32)
+        torch.manual_seed(11)
+        actual = loaded(clips)
+        case.close(actual, case.run(model, clips), 1e-4)
 
 
 SYNCHRONISING = {
