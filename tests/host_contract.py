@@ -20,9 +20,6 @@ from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification,
 
 import everest_tokens as et
 
-EMPTY = "0 clips end in a RuntimeError about -1 in a shape"
-RACES = "the forward's request lies on the module: threads get each other's tokens"
-
 # --- transformers: VideoMAE's own bool_masked_pos is the reference --------------------------------------------------
 
 
@@ -47,7 +44,6 @@ def _videomae(name: str, cls: Any, output: Callable[[Any], Tensor], **options: A
         adapted=tuple(f"{backbone}encoder.layer.{index}.attention.attention.query" for index in range(2)),
         output=output,
         checkpointing=lambda model: model.gradient_checkpointing_enable(),
-        fails={"no clip": EMPTY},
         **{"reference": masked, **options},
     )
 
@@ -96,7 +92,6 @@ def _fine_tuning(family: str, name: str = "", variant: bool = True, **options: A
         **({"whole": _unshuffled} if family == "mme" else {}),
         checkpointing=None if family == "mme" else partial(_set_flag, family),
         variant=variant,
-        fails={"threads": RACES},
     )
 
 
@@ -126,7 +121,6 @@ def _pretraining(family: str, variant: bool = True) -> HostCase:
         unpatched=_run_masked,
         checkpointing=partial(_set_flag, family),
         variant=variant,
-        fails={"threads": RACES},
     )
 
 
@@ -166,7 +160,6 @@ def _image_model(name: str, model: str, temporal: str, prefix: int, variant: boo
         checkpointing=lambda built: built.set_grad_checkpointing(True),
         rounding=1e-6 if temporal == "sincos" else 0.0,  # of the table over time, which is float32's
         variant=variant,
-        fails={"threads": RACES} | ({"no clip": EMPTY} if model in (timm_models.EVA, timm_models.DINOV3) else {}),
         skip=timm_models.lacking(model),
     )
 

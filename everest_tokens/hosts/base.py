@@ -110,7 +110,7 @@ def detach(host: Host, root: Any, again: PatchOptions | None) -> None:
 
 def select(root: Any, clips: Tensor, generator: torch.Generator | None) -> TokenSelection:
     """Select without running the encoder."""
-    with forward_of(root.everest, generator=generator, with_importance=True) as current:
+    with forward_of(root.everest, generator=generator, only_selects=True) as current:
         root.everest.host.embeds(root)(clips)
         selection = current.selection
     assert selection is not None  # the embedding's

@@ -22,7 +22,8 @@ class Running:
 
     Attributes:
         given: the selection that the caller wants to be run, or None.
-        generator, with_importance: for `policy.select`, where there is none.
+        generator: for the random choices, where nothing is given.
+        only_selects: whether nobody but `select_tokens` asks, who also wants to see the importance.
         selection: what the tubelet embedding selected; None before it has run.
         ready: tokens that were embedded before the model's own code asks for them, or None.
     """
@@ -32,12 +33,12 @@ class Running:
         policy: SelectionPolicy,
         given: TokenSelection | None = None,
         generator: torch.Generator | None = None,
-        with_importance: bool = False,
+        only_selects: bool = False,
     ) -> None:
         self.policy = policy
         self.given = given
         self.generator = generator
-        self.with_importance = with_importance
+        self.only_selects = only_selects
         self.selection: Any = None
         self.ready: Any = None
         self.outer: Running | None = None  # what this thread ran when it began

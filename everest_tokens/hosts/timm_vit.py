@@ -74,6 +74,10 @@ class Tubelets(TubeletEmbedding):
     def embed(self, clips: Tensor, **kwargs: Any) -> Tensor:
         return self.proj(clips).flatten(2).transpose(1, 2)
 
+    def runs_without_clips(self) -> bool:
+        # Eva's own attention leaves a size of its views to be worked out.
+        return not any(type(module).__name__ == "EvaAttention" for module in self.everest.root.modules())
+
     def normalise(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from everest_tokens.hosts.patched_class import Patched
@@ -48,6 +49,10 @@ class TubeletEmbedding(Patched):
         """(B, N, D) of the whole clip by the module's own forward, where the projection does more than tile it."""
         return super().forward(clips, **kwargs)
 
+    def runs_without_clips(self) -> bool:
+        """Whether the model's blocks take a batch of 0 clips."""
+        return True
+
     def normalise(self, tokens: Tensor) -> Tensor:
         """What the model does to each embedding before it adds positions."""
         return tokens
@@ -76,6 +81,9 @@ class TubeletEmbedding(Patched):
         else:
             scored = self.normalise(self.embed(clips, **kwargs))
         with forward_of(policy) as current:
+            none = not torch.compiler.is_compiling() and x.shape[0] == 0
+            if none and not current.only_selects and not self.runs_without_clips():
+                raise ValueError(f"expected at least one clip, got {self.argument} {tuple(x.shape)}")
             selection = current.given
             if selection is None:
                 selection = policy.select(
@@ -83,7 +91,7 @@ class TubeletEmbedding(Patched):
                     grid,
                     training=self.training,
                     generator=current.generator,
-                    with_importance=current.with_importance,
+                    with_importance=current.only_selects,
                 )
             else:
                 check_selection(selection, grid, clips.shape[0], policy.task, policy.frame_sampler is not None)

@@ -351,4 +351,5 @@ def _outside(index: Tensor, selection: TokenSelection, tokens: int) -> Tensor:
     """Positions (B, M) in the drawn clip → (B, N) bool over the clip passed in, True where a token is not there."""
     _, height, width = selection.grid
     everything = torch.ones(index.shape[0], tokens * height * width, dtype=torch.bool, device=index.device)
-    return everything.scatter(1, source_positions(index, selection.steps, selection.grid), False)
+    source = source_positions(index, selection.steps, selection.grid)
+    return everything.scatter(1, source, torch.zeros_like(source, dtype=torch.bool))  # a trace takes no bare False

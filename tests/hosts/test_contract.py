@@ -19,12 +19,6 @@ import everest_tokens as et
 ENCODERS = {"when": lambda case: not case.pretraining}
 
 
-BYPASSED = pytest.param(
-    "every module",
-    marks=pytest.mark.xfail(strict=True, reason="the autograd function gives its gradients without the module's hooks"),
-)
-
-
 class TestKeepingEverything:
     @hosts()
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -95,7 +89,7 @@ class TestGivenSelection:
         assert (broken.grad[visible] != 0).float().mean() > 0.99
 
     @hosts(variants=False)
-    @pytest.mark.parametrize("where", ["projection", "embedding", BYPASSED])
+    @pytest.mark.parametrize("where", ["projection", "embedding", "every module"])
     def test_hooks_on_the_embedding_are_obeyed(self, case, where, request):
         """A hook forbids shortcuts around the projection's own forward; the numbers are the same."""
         clips, selection, calls = case.clips(), case.selection(), []

@@ -196,7 +196,6 @@ class TestFunctionalTransforms:
         case.close(case.output(output), expected)
         assert not torch.allclose(case.output(output), case.run(model, clips, selection))
 
-    @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the embedding's autograd function has no vmap rule")
     @hosts()
     def test_gradients_of_each_sample_are_a_loops(self, case):
         model, clips, selection = case.patched(), case.clips(batch=3), case.selection(batch=3)
@@ -220,7 +219,6 @@ class TestFunctionalTransforms:
             wanted = gradients(model)
             case.close_gradients({name: per_sample[name][row] for name in wanted}, wanted)
 
-    @pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="the embedding's autograd function has no jvp")
     @hosts()
     def test_forward_mode_agrees_with_backward(self, case):
         """⟨w, J·v⟩ = ⟨Jᵀ·w, v⟩."""
@@ -237,7 +235,6 @@ class TestFunctionalTransforms:
         assert weighted(tangent).item() == pytest.approx((clips.grad * direction).sum().item(), rel=1e-9)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-    @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a trace with the embedding's function can't be saved")
     @hosts("trace")
     def test_a_trace_through_a_file(self, case):
         model, buffer = case.patched(dtype=torch.float32), io.BytesIO()
