@@ -76,7 +76,7 @@ class Tubelets(TubeletEmbedding):
 
     def runs_without_clips(self) -> bool:
         # Eva's own attention leaves a size of its views to be worked out.
-        return not any(type(module).__name__ == "EvaAttention" for module in self.everest.root.modules())
+        return not any(type(module).__name__ == "EvaAttention" for module in self.everest.root.modules())  # type: ignore[union-attr]
 
     def normalise(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens)
