@@ -16,9 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # Words in the names of torch's operators that sum products; its counter knows only some of them.
-_SUMS_PRODUCTS = re.compile(
-    r"\w*(mm|mv|rnn)|v?dot|addr|matmul|(tri)?linear|conv.*|attention|cdist|lstm|gru|fft|linalg"
-)
+_SUMS_PRODUCTS = re.compile(r"\w*(mm|mv|rnn)|v?dot|addr|matmul|(tri)?linear|conv.*|attention|cdist|lstm|gru|fft|linalg")
 _SPACES = ("aten", "prim", "prims", "profiler")  # torch's own operators
 _DENSE = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")  # transformers' names
 
