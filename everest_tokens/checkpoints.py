@@ -326,7 +326,8 @@ def _built(model_class: Any, config: VideoMAEConfig, weights: dict[str, Tensor])
     if model_class is VideoMAEForPreTraining:
         model.position_embeddings = sinusoid_table(tokens, config.decoder_hidden_size)[None]
 
-    theirs = {_repository_name(name): name for name in model.state_dict()}
+    own = {name: _repository_name(name) for name in model.state_dict()}
+    theirs = {repository: name for name, repository in own.items()}
     parts = list(_parts(weights))
     state = {theirs.get(name, f"the file's {name}"): tensor for name, tensor in parts}
     if len(state) != len(parts):
@@ -340,8 +341,9 @@ def _built(model_class: Any, config: VideoMAEConfig, weights: dict[str, Tensor])
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        said = _repository_name(" ".join(str(error).split()).partition(": ")[2])
-        raise ValueError(f"the checkpoint doesn't fit a VideoMAE: {textwrap.shorten(said, 2000)}") from error
+        said = textwrap.shorten(str(error).partition(":")[2], 2000)
+        said = re.sub(r"(?<!file's )[\w.]+", lambda found: own.get(found[0], found[0]), said)
+        raise ValueError(f"the checkpoint doesn't fit a VideoMAE: {said}") from error
     return model.requires_grad_(True).eval()
 
 
