@@ -542,7 +542,7 @@ class TestPositions:
             expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
         assert_close(tokens[step * 9 + row * 3 + column], torch.tensor(expected), 1e-6)
 
-    @pytest.mark.parametrize(("tokens", "width"), [(1568, 768), (36, 24), (7, 5), (1, 1)])
+    @pytest.mark.parametrize(("tokens", "width"), [(392, 768), (36, 24), (7, 5), (1, 1)])
     def test_the_sinusoid_is_transformers_own(self, tokens, width):
         torch.testing.assert_close(
             positions.sinusoid_table(tokens, width), get_sinusoid_encoding_table(tokens, width)[0], rtol=0, atol=1e-7
