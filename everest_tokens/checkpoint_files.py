@@ -12,12 +12,15 @@ import math
 import pickletools
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+Tensors = dict[str, Tensor]  # by name
 
 _CONTAINERS = ("model", "module", "model_state", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and hub classes
@@ -30,6 +33,7 @@ OTHER_TARGETS = {  # parts that predict other things than pixels, by the beginni
     "the momentum branch": r"encoder_k\.|encoder_q\.|queue",
 }
 BESIDE = "|".join((*OTHER_TARGETS.values(), r"decoder\.|encoder_to_decoder\.|mask_token$"))  # the encoder
+LAYER_SCALE = {"attn.proj": "gamma_1", "mlp.fc2": "gamma_2"}
 # What plain tensors, optimizers' states and argparse's arguments need; nothing allocates by a number in the pickle.
 _ADMITTED = re.compile(
     r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|argparse Namespace"
@@ -40,7 +44,7 @@ _MOST_OBJECTS = 10**7  # counted as often as they are met; ViT-g with its optimi
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Read (tensors, the training script's arguments) of a `.safetensors` or `torch.save` file.
 
     The tensors come by their names in the repositories' models without wrappers: the encoder's bare, decoders' whole.
@@ -88,8 +92,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _sorted_out(path, state), arguments if isinstance(arguments, dict) else {}
 
 
-def _sorted_out(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _sorted_out(path: Path, state: Tensors) -> Tensors:
+    tensors: Tensors = {}
     for key, tensor in state.items():
         name = key
         while name.startswith(_WRAPPERS):
@@ -101,7 +105,7 @@ def _sorted_out(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if prefix is None:
         some = ", ".join(map(repr, list(tensors)[:5])) or "nothing"
         raise ValueError(f"{path} is no checkpoint of the VideoMAE family: no {KERNEL} in it, but {some}")
-    weights: dict[str, Tensor] = {}
+    weights: Tensors = {}
     for whole, tensor in tensors.items():
         name = whole.removeprefix(prefix)
         if prefix and name != whole and re.match(BESIDE, name):
@@ -116,7 +120,7 @@ def _sorted_out(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def family_of(weights: dict[str, Tensor], arguments: dict[str, Any], family: str | None) -> tuple[str, list[str]]:
+def family_of(weights: Tensors, arguments: dict[str, Any], family: str | None) -> tuple[str, list[str]]:
     """Find the family, and say what was assumed about it."""
     by_keys = None
     if any(re.match(OTHER_TARGETS["MVD's decoders"], key) for key in weights) or "cls_token" in weights:
@@ -138,6 +142,38 @@ def family_of(weights: dict[str, Tensor], arguments: dict[str, Any], family: str
         return hinted, [f"family {hinted!r} by the file's args"]
     line = "family 'videomae' and its sinusoid positions assumed: keys and args don't tell (family='mvd' for MVD's)"
     return "videomae", [] if "pos_embed" in weights else [line]
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """Copy a tensor in float32. Raises ValueError for numbers that aren't finite."""
+    copied = tensor.detach().to(torch.float32, copy=True).contiguous()
+    if not torch.stack(copied.aminmax()).isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite numbers, expected finite ones in float32")
+    return copied
+
+
+def transformers_parts(weights: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """Take the weights out, in the file's order: (name, float32), qkv in thirds, layer scale folded in."""
+    scales = [name for name in weights if re.match(r"(decoder\.)?blocks\.\d+\.gamma_[12]$", name)]
+    gammas = {name: finite(name, weights.pop(name)) for name in scales}
+    for name in list(weights):
+        tensor = finite(name, weights.pop(name))
+        head, inside, tail = name.partition("blocks.")
+        number, _, rest = tail.partition(".")
+        block, (module, _, part) = f"{head}{inside}{number}.", rest.rpartition(".")
+        gamma = gammas.get(f"{block}{LAYER_SCALE.get(module)}")
+        if module == "attn.qkv":
+            thirds = torch.atleast_1d(tensor).tensor_split(3)
+            for third, which in zip(thirds, ("query", "key", "value"), strict=True):
+                if part == "weight":
+                    yield f"{name}[{which}]", third.clone()
+                elif which != "key":  # a key's bias adds the same to all of a query's products
+                    yield f"{block}attn.{which[0]}_bias", third.clone()
+        elif gamma is not None and tensor.shape[:1] == gamma.shape:
+            scale = gamma.double().view(-1, *[1] * (tensor.ndim - 1))
+            yield name, finite(name, tensor.double() * scale)
+        else:
+            yield name, tensor
 
 
 def _refusal(path: Path) -> str:

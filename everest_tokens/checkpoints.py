@@ -10,7 +10,6 @@ import logging
 import math
 import re
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,17 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from everest_tokens import numerics
-from everest_tokens.checkpoint_files import BESIDE, KERNEL, OTHER_TARGETS, family_of, read_weights
+from everest_tokens.checkpoint_files import (
+    BESIDE,
+    KERNEL,
+    LAYER_SCALE,
+    OTHER_TARGETS,
+    Tensors,
+    family_of,
+    finite,
+    read_weights,
+    transformers_parts,
+)
 from everest_tokens.positions import mvd_table, resample_table, sinusoid_table
 from everest_tokens.tubelets import Grid
 
@@ -53,7 +62,6 @@ _NAMES = (  # of transformers → of the repositories, replaced in this order; b
     ("intermediate.dense", "mlp.fc1"),
     ("output.dense", "mlp.fc2"),
 )
-_LAYER_SCALE = {"attn.proj": "gamma_1", "mlp.fc2": "gamma_2"}
 
 
 @dataclass
@@ -102,15 +110,7 @@ def load_videomae(
         ValueError: not a checkpoint of the family, a pickle that wants more than tensors, keys or shapes that don't
             fit, numbers that aren't finite, or a clip of more than 65,536 tokens.
     """
-    info = describe_checkpoint(
-        path,
-        family=family,
-        num_labels=num_labels,
-        for_pretraining=for_pretraining,
-        num_heads=num_heads,
-        num_frames=num_frames,
-        image_size=image_size,
-    )
+    info = describe_checkpoint(**locals())  # the arguments, every one
     for line in info.assumed:
         logger.warning("%s: %s", path, line)
     if for_pretraining and isinstance(info.model, VideoMAEForVideoClassification):
@@ -195,18 +195,19 @@ def describe_checkpoint(
         del weights[name]
 
     config = VideoMAEConfig(**sizes)
-    position, table = _placed(config, weights, arguments, family, assumed, num_frames, image_size)
+    position, table = _placed(config, weights, arguments, assumed, num_frames, image_size)
     beside = {} if table is None else {"position_embeddings": table}
     if not decodes and "cls_token" in weights:
-        beside["class_token"] = _finite("cls_token", weights.pop("cls_token"))
+        beside["class_token"] = finite("cls_token", weights.pop("cls_token"))
     model = _built(VideoMAEForPreTraining if decodes else VideoMAEForVideoClassification, config, weights)
+    position = position or ("mvd" if family == "mvd" else "sinusoid")
     numbers = {"norm_eps": numerics.NORM_EPS, "position": position, "class_token": "class_token" in beside}
     numerics.equip(model, numbers, beside)
     config.everest = {"task": "pretraining" if decodes else "encoder", **numerics.numbers_of(model)}
     return CheckpointInfo(family, model, labels, fresh, ignored, assumed)
 
 
-def _sizes_of(weights: dict[str, Tensor], part: str, width: int, heads: int | None) -> dict[str, int]:
+def _sizes_of(weights: Tensors, part: str, width: int, heads: int | None) -> dict[str, int]:
     """Give the sizes of the blocks of the encoder ("") or of the "decoder.", as transformers' config names them.
 
     Raises:
@@ -220,8 +221,8 @@ def _sizes_of(weights: dict[str, Tensor], part: str, width: int, heads: int | No
         raise ValueError(f"missing: expected 1 to {_MOST_BLOCKS} blocks {prefix}0, {prefix}1, …, got {depth}")
     if scales := [name for name in inside if name.endswith("attn.scale")]:
         raise ValueError(f"{scales[0]}: cosine attention (VideoMAE V2's) is nothing that transformers' VideoMAE has")
-    gammas = {name: tuple(weights[name].shape) for name in inside if name.endswith(tuple(_LAYER_SCALE.values()))}
-    wanted = {f"{prefix}{block}.{gamma}": (width,) for block in range(depth) for gamma in _LAYER_SCALE.values()}
+    gammas = {name: tuple(weights[name].shape) for name in inside if name.endswith(tuple(LAYER_SCALE.values()))}
+    wanted = {f"{prefix}{block}.{gamma}": (width,) for block in range(depth) for gamma in LAYER_SCALE.values()}
     if gammas and (wrong := sorted(wanted.items() ^ gammas.items())):
         raise ValueError(f"expected layer scale ({width},) in each of {prefix} or in none; missing or wrong: {wrong}")
     if heads is None:
@@ -234,23 +235,17 @@ def _sizes_of(weights: dict[str, Tensor], part: str, width: int, heads: int | No
 
 
 def _placed(
-    config: VideoMAEConfig,
-    weights: dict[str, Tensor],
-    arguments: dict[str, Any],
-    family: str,
-    assumed: list[str],
-    num_frames: int,
-    image_size: int,
+    config: VideoMAEConfig, weights: Tensors, arguments: dict[str, Any], assumed: list[str], frames: int, side: int
 ) -> tuple[str, Tensor | None]:
-    """Set the clips' sizes in `config` and take the position table out of the weights.
+    """Set the clips' sizes in `config`, and take the position table out of the weights.
 
     Returns:
-        "sinusoid", "mvd" or "stored", and for the last of them the table (N, D).
+        which formula gives the file's table, "sinusoid" or "mvd", "stored" and the table (N, D), or "" without one.
     """
     table, width = weights.pop("pos_embed", None), config.hidden_size
     tubelet, patch = config.tubelet_size, config.patch_size
     said, side_said = _count(arguments.get("num_frames")), _count(arguments.get("input_size"))
-    steps, places = num_frames // tubelet, image_size // patch
+    steps, places = frames // tubelet, side // patch
     stored: Grid = (0, 0, 0)
     if table is not None:
         if table.ndim != 3 or table.shape[0] != 1 or table.shape[2] != width:
@@ -271,8 +266,8 @@ def _placed(
         said, side_said = stored[0] * tubelet, stored[1] * patch
     else:
         said *= _count(arguments.get("num_segments")) or 1
-    frames = said if said and isinstance(num_frames, _Default) else int(num_frames)
-    side = side_said if side_said and isinstance(image_size, _Default) else int(image_size)
+    frames = said if said and isinstance(frames, _Default) else int(frames)
+    side = side_said if side_said and isinstance(side, _Default) else int(side)
 
     tubelets = f"tubelets of {tubelet}×{patch}×{patch}"
     if frames % tubelet or frames // tubelet < 2:
@@ -287,8 +282,8 @@ def _placed(
         )
     config.num_frames, config.image_size = frames, side
     if table is None:
-        return ("mvd" if family == "mvd" else "sinusoid"), None
-    table = _finite("pos_embed", table)[0]
+        return "", None
+    table = finite("pos_embed", table)[0]
     if grid == stored:  # a formula that gives the table makes a lighter folder
         if torch.allclose(table, sinusoid_table(rows, width), rtol=0, atol=1e-6):
             return "sinusoid", None
@@ -302,15 +297,7 @@ def _count(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**6 else 0
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    """Copy a tensor in float32. Raises ValueError for numbers that aren't finite."""
-    copied = tensor.detach().to(torch.float32, copy=True).contiguous()
-    if not torch.stack(copied.aminmax()).isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinite numbers, expected finite ones in float32")
-    return copied
-
-
-def _built(model_class: Any, config: VideoMAEConfig, weights: dict[str, Tensor]) -> Any:
+def _built(model_class: Any, config: VideoMAEConfig, weights: Tensors) -> Any:
     """Build a model and load the weights, which are taken out of their dict one by one."""
     frames, side, patch = config.num_frames, config.image_size, config.patch_size
     # transformers computes its tables in Python loops, seconds for a clip: one tubelet's now, the clip's own below.
@@ -326,8 +313,9 @@ def _built(model_class: Any, config: VideoMAEConfig, weights: dict[str, Tensor])
     if model_class is VideoMAEForPreTraining:
         model.position_embeddings = sinusoid_table(tokens, config.decoder_hidden_size)[None]
 
-    theirs = {_repository_name(name): name for name in model.state_dict()}
-    parts = list(_parts(weights))
+    own = {name: _repository_name(name) for name in model.state_dict()}
+    theirs = {repository: name for name, repository in own.items()}
+    parts = list(transformers_parts(weights))
     state = {theirs.get(name, f"the file's {name}"): tensor for name, tensor in parts}
     if len(state) != len(parts):
         raise ValueError("attn.qkv.bias in a block that has attn.q_bias and attn.v_bias too, expected one of the two")
@@ -340,8 +328,9 @@ def _built(model_class: Any, config: VideoMAEConfig, weights: dict[str, Tensor])
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        said = _repository_name(" ".join(str(error).split()).partition(": ")[2])
-        raise ValueError(f"the checkpoint doesn't fit a VideoMAE: {textwrap.shorten(said, 2000)}") from error
+        said = textwrap.shorten(str(error).partition(":")[2], 2000)
+        said = re.sub(r"(?<!file's )[\w.]+", lambda found: own.get(found[0], found[0]), said)
+        raise ValueError(f"the checkpoint doesn't fit a VideoMAE: {said}") from error
     return model.requires_grad_(True).eval()
 
 
@@ -349,27 +338,3 @@ def _repository_name(text: str) -> str:
     for theirs, own in _NAMES:
         text = text.replace(theirs, own)
     return text
-
-
-def _parts(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Take the weights out, in the file's order: (name, float32), qkv in thirds, layer scale folded in."""
-    scales = [name for name in weights if re.match(r"(decoder\.)?blocks\.\d+\.gamma_[12]$", name)]
-    gammas = {name: _finite(name, weights.pop(name)) for name in scales}
-    for name in list(weights):
-        tensor = _finite(name, weights.pop(name))
-        head, inside, tail = name.partition("blocks.")
-        number, _, rest = tail.partition(".")
-        block, (module, _, part) = f"{head}{inside}{number}.", rest.rpartition(".")
-        gamma = gammas.get(f"{block}{_LAYER_SCALE.get(module)}")
-        if module == "attn.qkv":
-            thirds = torch.atleast_1d(tensor).tensor_split(3)
-            for third, which in zip(thirds, ("query", "key", "value"), strict=True):
-                if part == "weight":
-                    yield f"{name}[{which}]", third.clone()
-                elif which != "key":  # a key's bias adds the same to all of a query's products
-                    yield f"{block}attn.{which[0]}_bias", third.clone()
-        elif gamma is not None and tensor.shape[:1] == gamma.shape:
-            scale = gamma.double().view(-1, *[1] * (tensor.ndim - 1))
-            yield name, _finite(name, tensor.double() * scale)
-        else:
-            yield name, tensor

@@ -45,7 +45,7 @@ def sinusoid_table(tokens: int, width: int) -> Tensor:
     """
     frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     angle = torch.arange(tokens, dtype=torch.float64, device="cpu")[:, None] * frequency
-    table = torch.empty(tokens, width, device="cpu")
+    table = torch.empty(tokens, width, dtype=torch.float32, device="cpu")
     table[:, 0::2] = angle.sin()
     table[:, 1::2] = angle[:, : width // 2].cos_()
     return table
