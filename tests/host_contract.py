@@ -21,7 +21,12 @@ from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification,
 import everest_tokens as et
 
 EMPTY = "0 clips end in a RuntimeError about -1 in a shape"
-RACES = "the forward's request lies on the module: threads get each other's tokens"
+# The forward's request lies on the module. A pre-training model reads it just once, which other threads seldom hit.
+RACES = {
+    "threads in the selector": "threads get each other's tokens",
+    "threads before the embedding": "threads get each other's tokens",
+}
+SELDOM = RACES | {"threads in the selector": "now and then threads get each other's tokens"}
 
 # --- transformers: VideoMAE's own bool_masked_pos is the reference --------------------------------------------------
 
@@ -96,7 +101,7 @@ def _fine_tuning(family: str, name: str = "", variant: bool = True, **options: A
         **({"whole": _unshuffled} if family == "mme" else {}),
         checkpointing=None if family == "mme" else partial(_set_flag, family),
         variant=variant,
-        fails={"threads": RACES},
+        fails=RACES,
     )
 
 
@@ -126,7 +131,7 @@ def _pretraining(family: str, variant: bool = True) -> HostCase:
         unpatched=_run_masked,
         checkpointing=partial(_set_flag, family),
         variant=variant,
-        fails={"threads": RACES},
+        fails=SELDOM,
     )
 
 
@@ -166,7 +171,7 @@ def _image_model(name: str, model: str, temporal: str, prefix: int, variant: boo
         checkpointing=lambda built: built.set_grad_checkpointing(True),
         rounding=1e-6 if temporal == "sincos" else 0.0,  # of the table over time, which is float32's
         variant=variant,
-        fails={"threads": RACES} | ({"no clip": EMPTY} if model in (timm_models.EVA, timm_models.DINOV3) else {}),
+        fails=RACES | ({"no clip": EMPTY} if model in (timm_models.EVA, timm_models.DINOV3) else {}),
         skip=timm_models.lacking(model),
     )
 
@@ -202,12 +207,13 @@ CASES = [
 
 
 def hosts(check: str = "", *, variants: bool = True, when: Callable[[HostCase], bool] = lambda case: True) -> Any:
-    """Parametrises a test's `case`. What `fails` names for `check` is expected to fail, strictly."""
+    """Parametrises a test's `case`. What `fails` names for `check` is expected to fail, always or "now and then"."""
     chosen = []
     for case in CASES:
         if when(case) and (variants or not case.variant):
             marks = [case.skip] if case.skip is not None else []
             if check in case.fails:
-                marks.append(pytest.mark.xfail(strict=True, reason=case.fails[check]))
+                reason = case.fails[check]
+                marks.append(pytest.mark.xfail(strict=not reason.startswith("now and then"), reason=reason))
             chosen.append(pytest.param(case, id=case.name, marks=marks))
     return pytest.mark.parametrize("case", chosen)
