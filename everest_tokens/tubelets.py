@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
 Grid = tuple[int, int, int]  # (t, h, w): time steps, rows and columns of tokens; positions run t-major
@@ -100,7 +101,6 @@ class _KnownProjection(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         _, _, patches, weight, bias = inputs
         ctx.save_for_backward(patches if ctx.needs_input_grad[3] else None, weight)
-        ctx.save_for_forward(patches, weight)
         ctx.patches_dtype = patches.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -116,16 +116,6 @@ class _KnownProjection(torch.autograd.Function):
         if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
             grad_bias = grad.sum(dim=(0, 1)).to(ctx.bias_dtype)
         return None, None, grad_patches, grad_weight, grad_bias
-
-    @staticmethod
-    def jvp(ctx, _embedded, _index, patches_t, weight_t, bias_t) -> Tensor:  # type: ignore[no-untyped-def]
-        patches, weight = ctx.saved_tensors
-        tangent = patches.new_zeros(*patches.shape[:-1], weight.shape[0])
-        if patches_t is not None:
-            tangent = tangent + patches_t @ weight.flatten(1).T
-        if weight_t is not None:
-            tangent = tangent + patches @ weight_t.flatten(1).T
-        return tangent if bias_t is None else tangent + bias_t
 
 
 def only_tiles(module: nn.Module, size: TubeletSize) -> bool:
@@ -195,6 +185,8 @@ def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: 
     # Indexed, because `gather` would keep all tubelets until backward where the pixels want a gradient; in autocast's
     # dtype, so that what is saved is as small as autocast makes it.
     patches = tubelets[torch.arange(index.shape[0], device=index.device).unsqueeze(1), index]
-    if torch.jit.is_tracing():  # a trace can't be saved with a function of Python's in it
+    # A trace can't be saved with a function of Python's in it, and one with a rule for forward mode can't be compiled.
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if torch.jit.is_tracing() or forward_mode:
         return nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
     return _KnownProjection.apply(embedded, index, patches, projection.weight, projection.bias)

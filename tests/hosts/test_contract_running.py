@@ -131,39 +131,59 @@ class TestGradientCheckpointing:
 
 
 class Meeting:
-    """A selector that waits until every thread has called it: all forwards are then inside one another."""
+    """Where every thread waits for the others, so that all forwards are inside one another: in the selector, or before
+    the embedding runs."""
 
-    def __init__(self, threads: int) -> None:
-        self.barrier = threading.Barrier(threads, timeout=20)
+    def __init__(self) -> None:
+        self.barrier: threading.Barrier | None = None
         self.selector = et.ReRoSelector(0.5)
 
-    def __call__(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        if self.barrier.parties > 1 and not self.barrier.broken:
+    def wait(self, *_: Any) -> None:
+        if self.barrier is not None and not self.barrier.broken:
             self.barrier.wait()
+
+    def __call__(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        self.wait()
         return self.selector(tokens, grid)
 
 
 def a_third(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """The first third of the most changed tokens, where visible tokens must not be random."""
+    """The most changed third of the tokens, where visible tokens must not be random."""
     return et.ReRoSelector(1 / 3)(tokens, grid)
 
 
 class TestThreads:
-    @hosts("threads")
+    """A server's workers and nn.DataParallel run one model at once: none of 160 forwards may be wrong."""
+
+    THREADS, CALLS = 4, 40
+
+    @hosts("threads in the selector")
     def test_each_gets_its_own_tokens(self, case):
-        threads, calls = 4, 40
-        meeting = Meeting(1)
-        model = case.patched(meeting, dtype=torch.float32, **({"visible": a_third} if case.pretraining else {}))
-        clips = [case.clips(seed=seed, dtype=torch.float32) for seed in range(threads)]
-        selections = [case.selection(seed=seed) for seed in range(threads)]
+        self.check(case, hooked=False)
+
+    @hosts("threads before the embedding")
+    def test_each_gets_its_own_tokens_where_the_embedding_is_hooked(self, case):
+        self.check(case, hooked=True)
+
+    def check(self, case: HostCase, hooked: bool) -> None:
+        meeting, wrong = Meeting(), []
+        model = case.patched(
+            meeting.selector if hooked else meeting,
+            dtype=torch.float32,
+            **({"visible": a_third} if case.pretraining else {}),
+        )
+        if hooked:
+            embedding = model.get_submodule(case.projection.rpartition(".")[0])
+            embedding.register_forward_pre_hook(meeting.wait)
+        clips = [case.clips(seed=seed, dtype=torch.float32) for seed in range(self.THREADS)]
+        selections = [case.selection(seed=seed) for seed in range(self.THREADS)]
         with torch.no_grad():
             own = [case.run(model, given) for given in clips]
             told = [case.run(model, given, selection) for given, selection in zip(clips, selections, strict=True)]
-        meeting.barrier = threading.Barrier(threads, timeout=20)
-        wrong: list[int] = []
+        meeting.barrier = threading.Barrier(self.THREADS, timeout=60)
 
         def serve(index: int) -> None:
-            for call in range(calls):
+            for call in range(self.CALLS):
                 selection = selections[index] if call % 4 == 3 else None
                 expected = own[index] if selection is None else told[index]
                 try:
@@ -176,12 +196,12 @@ class TestThreads:
                 if not fine:
                     wrong.append(index)
 
-        workers = [threading.Thread(target=serve, args=(index,)) for index in range(threads)]
+        workers = [threading.Thread(target=serve, args=(index,)) for index in range(self.THREADS)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        assert not wrong, f"{len(wrong)} of {threads * calls} wrong"
+        assert not wrong, f"{len(wrong)} of {self.THREADS * self.CALLS} wrong"
 
 
 class TestFunctionalTransforms:
