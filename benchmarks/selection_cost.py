@@ -34,7 +34,7 @@ from tqdm import tqdm
 import everest_tokens as et
 from everest_tokens.distances import DISTANCES
 from everest_tokens.measuring import paired_seconds
-from everest_tokens.selection import SelectionPolicy
+from everest_tokens.policy import SelectionPolicy
 from everest_tokens.tubelets import gather_tokens
 
 PARTS = ("importance", "top_k", "gather", "select")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from everest_tokens import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="everest-tokens", description="Token selection for video transformers (EVEREST, ICML 2024)."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_demo(commands)
     add_visualize(commands)
@@ -216,28 +220,30 @@ def _loading(options: Any) -> dict[str, Any]:
 
 def _described(info: Any) -> list[tuple[str, str]]:
     """Lines for a reader: what the file is, then what would be loaded."""
-    frames = f"{info.num_frames} of {info.image_size}×{info.image_size}"
-    grid = (info.num_frames // info.tubelet_size, info.image_size // info.patch_size)
+    config = info.model.config
+    side, patch, tubelet = config.image_size, config.patch_size, config.tubelet_size
+    grid = (config.num_frames // tubelet, side // patch, side // patch)
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    blocks = "{} blocks, width {}, MLP {}, {} heads"
     positions = {
         "sinusoid": "VideoMAE's sinusoid",
         "mvd": "MVD's 3D sin-cos",
         "stored": "the file's own table",
-    }[info.position]
+    }[config.everest["position"]]
     lines = [
         ("family", info.family),
-        ("encoder", f"{info.size}: {info.depth} blocks, width {info.width}, MLP {info.hidden}, {info.heads} heads"),
-        ("tubelets", f"{info.tubelet_size}×{info.patch_size}×{info.patch_size}, {info.channels} channels"),
-        ("frames", f"{frames}: {grid[0]}×{grid[1]}×{grid[1]} = {grid[0] * grid[1] ** 2} tokens"),
-        ("positions", positions + (", class token without one" if info.class_token else "")),
+        ("encoder", blocks.format(*(getattr(config, name) for name in names))),
+        ("tubelets", f"{tubelet}×{patch}×{patch}, {config.num_channels} channels"),
+        ("frames", "{} of {}×{}: {}×{}×{} = {} tokens".format(config.num_frames, side, side, *grid, math.prod(grid))),
+        ("positions", positions + (", class token without one" if config.everest.get("class_token") else "")),
         ("classifier", f"{info.labels} labels" if info.labels is not None else "none in the file"),
-        ("loaded as", info.model_class.__name__),
+        ("loaded as", type(info.model).__name__),
     ]
-    if info.decoder is not None:
-        width, depth, heads, hidden = info.decoder
-        lines.append(("decoder", f"{depth} blocks, width {width}, MLP {hidden}, {heads} heads"))
+    if hasattr(info.model, "decoder"):
+        lines.append(("decoder", blocks.format(*(getattr(config, f"decoder_{name}") for name in names))))
     else:
-        pooling = "the mean of the tokens" if info.mean_pooling else "the first token"
-        lines.append(("head", f"{info.num_labels} labels on {pooling}"))
+        pooling = "the mean of the tokens" if config.use_mean_pooling else "the first token"
+        lines.append(("head", f"{config.num_labels} labels on {pooling}"))
     lines += [("freshly made", part) for part in info.fresh]
     lines += [("not loaded", part) for part in info.ignored]
     lines += [("assumed", part) for part in info.assumed]

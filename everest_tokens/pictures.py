@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.hosts import transformers_videomae
 from everest_tokens.patching import host_of, is_patched, patch_videomae, select_tokens, unwrap
-from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection
+from everest_tokens.policy import LiveSettings, SelectionPolicy
+from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import (
     Grid,
     RandomSelector,
@@ -143,7 +143,7 @@ class ModelPictures:
         pixels = frames.float() / 255 if frames.dtype == torch.uint8 else frames
         clips = ((pixels.cpu() - self.mean[:, None, None]) / self.std[:, None, None])[None]
         clips = clips.to(next(parameter for parameter in self.model.parameters() if parameter.is_floating_point()))
-        return clips if host_of(self.model) is transformers_videomae else clips.transpose(1, 2)
+        return clips.transpose(1, 2) if host_of(self.model).channels_first else clips
 
     def _embeddings(self, frames: Tensor, sampler: InfoFrameSampler | None = None) -> list[tuple[Tensor, Grid]]:
         """What the model's selector is given: tokens (1, N, D) and grid, with a sampler of all candidates first."""

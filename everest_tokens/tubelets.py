@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 
-from everest_tokens.selectors import Grid
+Grid = tuple[int, int, int]  # (t, h, w): time steps, rows and columns of tokens; positions run t-major
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class _KnownProjection(torch.autograd.Function):
     product, embedding the clip with grad a weight gradient over every token; this costs neither.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(embedded: Tensor, index: Tensor, patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return gather_tokens(embedded, index)
@@ -132,9 +136,16 @@ def only_tiles(module: nn.Module, size: TubeletSize) -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward alone."""
+    """Whether calling the module runs its class's forward alone, no hook of its own nor one on every module."""
     return "forward" not in module.__dict__ and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
     )
 
 
@@ -174,4 +185,8 @@ def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: 
     # Indexed, because `gather` would keep all tubelets until backward where the pixels want a gradient; in autocast's
     # dtype, so that what is saved is as small as autocast makes it.
     patches = tubelets[torch.arange(index.shape[0], device=index.device).unsqueeze(1), index]
+    # A trace can't be saved with a function of Python's in it, and one with a rule for forward mode can't be compiled.
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if torch.jit.is_tracing() or forward_mode:
+        return nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
     return _KnownProjection.apply(embedded, index, patches, projection.weight, projection.bias)

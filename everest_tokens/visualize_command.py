@@ -127,7 +127,7 @@ def load_model(name: str | None, *, for_pretraining: bool = False, seed: int = 0
         return transformers.VideoMAEForPreTraining(config)
     path = Path(name)
     if path.is_file():
-        decodes = describe_checkpoint(path, for_pretraining=True).decoder is not None
+        decodes = hasattr(describe_checkpoint(path, for_pretraining=True).model, "decoder")
         if for_pretraining and not decodes:
             raise ValueError(f"{name} {_NO_DECODER}")
         return load_videomae(path, for_pretraining=decodes)
