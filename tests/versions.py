@@ -7,17 +7,13 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
 
 def before(package: str, fixed_in: str) -> bool:
     """Whether the installed `package` is older than `fixed_in`."""
     return Version(version(package)).release < Version(fixed_in).release
-
-
-def broken_before(package: str, fixed_in: str, reason: str) -> pytest.MarkDecorator:
-    """Mark a test that cannot pass with `package` before the release that mended it."""
-    return pytest.mark.skipif(before(package, fixed_in), reason=f"{package} before {fixed_in}: {reason}")
 
 
 def set_attention(model: Any, implementation: str) -> None:
@@ -33,3 +29,12 @@ def needs_argument(cls: Any, name: str) -> None:
     parameters = inspect.signature(cls.forward).parameters
     if name not in parameters and "kwargs" not in parameters:
         pytest.skip(f"this transformers' {cls.__name__}.forward takes no {name}")
+
+
+def autocast_keeps_gradients() -> bool:
+    """Whether this torch's autocast casts weights again after a forward without grad. Older ones keep those casts."""
+    layer = torch.nn.Linear(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            layer(torch.ones(1, 2))
+        return layer(torch.ones(1, 2)).requires_grad

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import autocast_keeps_gradients, before
 
 import everest_tokens as et
 
@@ -73,6 +74,8 @@ class TestPrecision:
     @pytest.mark.parametrize("first", ["no_grad", "inference_mode", "selecting"])
     def test_what_runs_first_costs_no_gradient(self, case, first):
         """Autocast caches the weights that it casts: without grad, they would stay without in the next forward."""
+        if first != "selecting" and not autocast_keeps_gradients():
+            pytest.skip("this torch's autocast keeps casts without grad, of an unpatched model as well")
         model, clips, selection = case.patched(dtype=torch.float32), case.clips(dtype=torch.float32), None
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if first == "selecting":  # and a hooked projection, which then runs by itself
@@ -122,6 +125,8 @@ class TestGradientCheckpointing:
     @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
     @hosts(when=lambda case: case.checkpointing is not None)
     def test_of_the_host(self, case):
+        if case.name.startswith("eva") and before("timm", "1.0.13"):
+            pytest.skip("timm before 1.0.13: Eva hands checkpoint a keyword that it doesn't take")
         self.check(case, case.checkpointing)
 
     @hosts()
