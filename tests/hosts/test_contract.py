@@ -65,8 +65,15 @@ class TestGivenSelection:
     @hosts()
     def test_is_run_once_and_not_kept(self, case):
         model, clips = case.patched(), case.clips()
-        own, given = case.run(model, clips), case.run(model, clips, case.selection())
+
+        def features() -> Any:
+            torch.manual_seed(11)
+            return model.forward_features(clips) if hasattr(model, "forward_features") else None
+
+        own, own_features = case.run(model, clips), features()
+        given = case.run(model, clips, case.selection())
         assert given.shape != own.shape or not torch.allclose(given, own)
+        torch.testing.assert_close(features(), own_features, rtol=0, atol=0)
         assert torch.equal(case.run(model, clips), own)
 
     @hosts()
