@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -106,7 +107,8 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
         return charge
 
     with counting(root) as counter:
-        modules = dict(running.named_modules())
+        # PEFT's modules_to_save puts the copy that runs where the model's own part was.
+        modules = {re.sub(r"\.modules_to_save\.[^.]+", "", name): module for name, module in running.named_modules()}
         for part, path in ((part, path) for part, paths in _PARTS.items() for path in paths if path in modules):
             modules[path].register_forward_pre_hook(hook(part))
             modules[path].register_forward_hook(hook(None))

@@ -49,8 +49,9 @@ def patch_videomae(
     timm model's patch projection becomes a new, 5-D parameter). Patching a patched model replaces the first patch. A
     setting of the selection that is not given (None, for all but `mask_ratio`) is taken from the patch before, or from
     `config.everest`, where a folder saved from a patched model of the same task keeps it, else it is the paper's
-    default. `model.everest.frame_sampler = None` takes a restored sampler out. A model runs one forward at a time:
-    threads need copies.
+    default. `model.everest.frame_sampler = None` takes a restored sampler out. Several threads may run one model. A
+    model whose forward can't run over fewer tokens is refused, and left as it was: patching ends with a forward of a
+    copy without weights (0.2 CPU-seconds for ViT-L).
 
     Args:
         model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; a model of the
@@ -222,9 +223,10 @@ def _refuse_prepared(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if "forward" in module.__dict__:
             where = name or type(root).__qualname__
-            raise TypeError(
-                f"{where} has an instance-level forward (prepared by accelerate?): call patch_videomae before that"
-            )
+            how = "call patch_videomae before accelerate.prepare"
+            if hasattr(module, "_hf_hook"):
+                how = "load it without device_map, call patch_videomae, then accelerate's dispatch_model"
+            raise TypeError(f"{where} has an instance-level forward, which a patch would not reach: {how}")
 
 
 def _refuse_sharded(root: Any, function: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.selection import TokenSelection, count_per_step, run_selector, source_positions
+from everest_tokens.selection import TokenSelection, count_per_step, has_values, run_selector, source_positions
 from everest_tokens.selectors import (
     RandomSelector,
     ReRoSelector,
@@ -52,7 +52,8 @@ class SelectionPolicy:
         selector: (tokens, grid) → kept (B, K); ρ_pre is its keep_ratio.
         mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ tokens are visible: 1 − ρ_pre·ρ_post of the paper.
         visible: a selector that chooses the visible tokens instead of drawing them from the kept; the targets are
-            the kept tokens that are not visible. A custom one must choose among the kept.
+            the kept tokens that are not visible. A custom one must choose among the kept, which is checked on the
+            CPU, and on an accelerator within `torch.autograd.detect_anomaly()`.
         frame_sampler: draws the clip's time steps out of more candidates (§4.2).
     """
 
@@ -220,9 +221,8 @@ class SelectionPolicy:
         targets = self._num_targets(visible.shape[1], kept.shape[1], grid)
         seen = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device).scatter(1, visible, 1)
         seen = seen.gather(1, kept)  # (B, K): 1 where a kept token is visible
-        # On an accelerator this would wait for the device; a custom choice that is wrong shows on the CPU.
-        checkable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if checkable and not isinstance(self.visible, TokenSelector) and int(seen.sum()) != visible.numel():
+        custom = not isinstance(self.visible, TokenSelector)
+        if custom and has_values(seen) and int(seen.sum()) != visible.numel():
             raise ValueError(f"visible={self.visible!r} must choose distinct tokens among the kept")
         unseen_first = seen.sort(dim=1, stable=True).indices
         return visible, kept.gather(1, unseen_first[:, :targets])

@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import torch
+import torch.fx
 from torch import nn
 
 from everest_tokens.policy import SelectionPolicy
@@ -84,6 +85,8 @@ class forward_of:
 
 def checked_selection(selection: Any) -> TokenSelection | None:
     """Give back `token_selection`. Raises TypeError for anything but a TokenSelection or None."""
+    if isinstance(selection, torch.fx.Proxy):
+        raise TypeError("torch.fx can't trace what a patched model selects: use torch.export, or forward_intermediates")
     if selection is not None and not isinstance(selection, TokenSelection):
         raise TypeError(f"token_selection must be a TokenSelection, got {type(selection).__name__}")
     return selection
