@@ -136,7 +136,8 @@ class TransformersVideoMAE(Host):
     options = ("drop_path",)  # its attention is chosen by attn_implementation
 
     def recognises(self, root: nn.Module) -> bool:
-        return isinstance(getattr(root, "videomae", root), original.VideoMAEModel)
+        own = isinstance(root, original.VideoMAEPreTrainedModel) and hasattr(root, "videomae")
+        return own or isinstance(getattr(root, "videomae", root), original.VideoMAEModel)
 
     def check(self, root: Any) -> None:
         """Raise TypeError for a subclass whose own forward a patch would silently replace."""
