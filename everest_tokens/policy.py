@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class SelectionPolicy:
     ) -> None:
         self.settings = LiveSettings(task=task)
         self.settings.policy = self
-        self.root: nn.Module | None = None
+        self._root: weakref.ref[nn.Module] | None = None
         self.host: Any = None
         self.selector = selector
         self.mask_ratio = mask_ratio
@@ -81,16 +82,32 @@ class SelectionPolicy:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelectionPolicy:
         """Copy the settings of a model that is copied; a part copied alone goes on selecting as the model does."""
-        if id(self.root) not in memo:
+        if self.root is not None and id(self.root) not in memo:
             return self
         if id(self) not in memo:
             memo[id(self)] = twin = SelectionPolicy.__new__(SelectionPolicy)
             parts = (copy.deepcopy(part, memo) for part in (self.selector, self.visible, self.frame_sampler))
             selector, visible, frame_sampler = parts
             twin.__init__(self.task, selector, self.mask_ratio, visible, frame_sampler)  # type: ignore[misc]
-            twin.root, twin.host = memo[id(self.root)], self.host
+            twin.root, twin.host = memo.get(id(self.root)), self.host
             twin.settings.update({key: value for key, value in self.settings.items() if key not in twin.settings})
         return memo[id(self)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.root = state["_root"]
+
+    @property
+    def root(self) -> nn.Module | None:
+        return None if self._root is None else self._root()
+
+    @root.setter
+    def root(self, value: nn.Module | None) -> None:
+        # Weak, so that a model that nobody holds any more is freed at once, not when garbage is collected.
+        self._root = None if value is None else weakref.ref(value)
 
     @property
     def task(self) -> str:

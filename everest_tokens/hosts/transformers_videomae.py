@@ -37,6 +37,9 @@ class Tubelets(TubeletEmbedding):
         steps = self.num_patches // ((height // size.height) * (width // size.width))
         return size, size.grid(size.frames * steps, height, width), (height, width)
 
+    def channels(self) -> int:
+        return self.num_channels
+
     def runs_without_clips(self) -> bool:
         return False  # its attention leaves a size of its views to be worked out
 

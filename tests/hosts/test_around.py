@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import accelerate
@@ -229,6 +232,19 @@ class TestAllOrNothing:
         et.patch_videomae(model)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(module.training for module in model.modules())
+
+    @BUILDERS
+    def test_a_patched_model_is_freed_at_once(self, make_model, build):
+        gc.disable()
+        try:
+            model = et.patch_videomae(build(make_model))
+            twin = pickle.loads(pickle.dumps(model))
+            assert twin.everest.root is twin
+            dead = [weakref.ref(parameter) for each in (model, twin) for parameter in each.parameters()]
+            del model, twin
+            assert not [one for one in dead if one() is not None]
+        finally:
+            gc.enable()
 
 
 class TestTokensDroppedTwice:
