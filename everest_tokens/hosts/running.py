@@ -96,9 +96,10 @@ def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     """Forward pre-hook: take `token_selection`, which the module's own forward doesn't know, and open the slot."""
     given = checked_selection(kwargs.get("token_selection"))
     current = running(module.everest)
-    if current is None:
+    if current is None or current.opened_by is module:  # one that an interrupt has left open counts as over
+        outer = _innermost() if current is None else current.outer
         current = Running(module.everest)
-        current.outer, current.opened_by = _innermost(), module
+        current.outer, current.opened_by = outer, module
         _thread.innermost = current
     if given is not None:
         current.given = given

@@ -259,6 +259,25 @@ class TestTokensDroppedTwice:
         et.patch_videomae(model)
 
 
+@pytest.mark.parametrize("cls", [VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel])
+def test_a_forward_that_was_interrupted_leaves_nothing(make_model, make_clips, cls):
+    model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5))
+    clips = make_clips(model)
+    given = et.select_tokens(model, clips.flip(1))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    torch.manual_seed(1)
+    expected = model(clips)[0]
+    handle = model.base_model.encoder.layer[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(clips, token_selection=given)
+    handle.remove()
+    torch.manual_seed(1)
+    assert torch.equal(model(clips)[0], expected)
+
+
 class TestHooksOfTheUser:
     def test_patching_doesnt_run_them(self):
         heard: list[str] = []
