@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import timm_models
 import torch
-from conftest import build_model
 from family_models import FineTuningModel, PreTrainingModel, randomize
 from host_case import HostCase, mask_of
+from tiny_videomae import build_model
 from torch import Tensor
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
