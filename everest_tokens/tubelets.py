@@ -121,9 +121,9 @@ class _KnownProjection(torch.autograd.Function):
 def only_tiles(module: nn.Module, size: TubeletSize) -> bool:
     """Whether a module is exactly an nn.Conv3d that embeds each tubelet by itself, and whose call does nothing else.
 
-    An nn.Conv2d does for tubelets of one frame. Then kernel and stride are the tubelet, and nothing is padded, dilated or grouped. An adapter (LoRA), a
-    parametrisation or an FSDP unit is of another type or wraps it; hooks and an instance-level forward may change what
-    goes in or comes out.
+    An nn.Conv2d does for tubelets of one frame. Then kernel and stride are the tubelet, and nothing is padded, dilated
+    or grouped. An adapter (LoRA), a parametrisation or an FSDP unit is of another type or wraps it; hooks and an
+    instance-level forward may change what goes in or comes out.
     """
     kernel: tuple[int, ...] = (size.frames, size.height, size.width)
     if type(module) is nn.Conv2d and size.frames == 1:

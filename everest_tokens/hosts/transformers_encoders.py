@@ -33,7 +33,7 @@ from everest_tokens.tubelets import Grid, TubeletSize, gather_tokens
 try:
     from transformers.models.vjepa2 import modeling_vjepa2
 except ImportError:  # before transformers 4.53
-    modeling_vjepa2 = None  # type: ignore[assignment]
+    modeling_vjepa2 = None
 
 Geometry = tuple[TubeletSize, Grid, tuple[int, int]]
 
@@ -55,6 +55,7 @@ class TransformersEncoder(Host):
         modeling: transformers' module of the model; None where the installed version has none.
         backbone_class, backbone_name: the backbone's class, and where a model with a head keeps it.
         patches, embeddings: mixins of those two modules.
+        refused: arguments of `forward` that choose among all tokens of a clip.
     """
 
     options = ("drop_path",)
@@ -63,13 +64,13 @@ class TransformersEncoder(Host):
     backbone_name: ClassVar[str]
     patches: ClassVar[type[Tubelets]]
     embeddings: ClassVar[type[Patched]]
+    refused: ClassVar[tuple[str, ...]] = ()
 
     def backbone(self, root: Any) -> Any:
         return getattr(root, self.backbone_name, root)
 
     def recognises(self, root: nn.Module) -> bool:
-        known = getattr(self.modeling, self.backbone_class, ())
-        return isinstance(self.backbone(root), known)
+        return isinstance(self.backbone(root), getattr(self.modeling, self.backbone_class, ()))
 
     def check(self, root: Any) -> None:
         """Raise TypeError for parts whose own forward a patch would silently replace."""
@@ -85,13 +86,9 @@ class TransformersEncoder(Host):
     def embeds(self, root: Any) -> nn.Module:
         return self.backbone(root).embeddings
 
-    def tubelet(self, config: Any) -> TubeletSize:
-        """The size that a config gives its tubelets."""
-        raise NotImplementedError
-
     def geometry(self, root: Any, clips: Any = None) -> Geometry:
         """The tubelets' size, the grid (τ, h, w) that the model runs (of these clips), and their height and width."""
-        size, image = self.tubelet(root.config), _pair(root.config.image_size)
+        size, image = _tubelet(root.config), _pair(root.config.image_size)
         return size, size.grid(root.config.num_frames, *image), image
 
     def grid(self, root: Any, options: PatchOptions) -> Grid:
@@ -111,15 +108,19 @@ class TransformersEncoder(Host):
         backbone = self.backbone(root)
         return [backbone] if backbone is root else [backbone, root]
 
+    def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > 1:
+            kwargs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        for name in self.refused:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} chooses among all tokens of a clip, a patched model runs its own selection")
+
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         if options.drop_path:
             set_stochastic_depth(self.backbone(root).encoder.layer, options.drop_path)
 
     def restore(self, root: Any, again: PatchOptions | None) -> None:
         restore_stochastic_depth(self.backbone(root).encoder.layer)
-
-
-# --- V-JEPA 2 -------------------------------------------------------------------------------------------------------
 
 
 class VJEPA2Tubelets(Tubelets):
@@ -156,10 +157,8 @@ class VJEPA2Encoder(Patched):
         return [partial(_at_positions, layer, current.selection.visible) for layer in layers]  # type: ignore[union-attr]
 
 
-def _at_positions(
-    layer: nn.Module, positions: Tensor, hidden_states: Tensor, _: None, *args: Any, **kwargs: Any
-) -> Any:
-    return layer(hidden_states, positions, *args, **kwargs)
+def _at_positions(layer: Any, positions: Tensor, tokens: Tensor, _: Any, *args: Any, **kwargs: Any) -> Any:
+    return layer(tokens, positions, *args, **kwargs)
 
 
 class VJEPA2Predictor(Patched):
@@ -172,16 +171,14 @@ class VJEPA2(TransformersEncoder):
     patchable = "transformers' VJEPA2Model (its encoder) and VJEPA2ForVideoClassification"
     modeling, backbone_class, backbone_name = modeling_vjepa2, "VJEPA2Model", "vjepa2"
     patches, embeddings = VJEPA2Tubelets, VJEPA2Embeddings
+    refused = ("context_mask", "target_mask")
 
     def embeds(self, root: Any) -> nn.Module:
         return self.backbone(root).encoder.embeddings
 
-    def tubelet(self, config: Any) -> TubeletSize:
-        return TubeletSize(config.tubelet_size, *_pair(config.patch_size))
-
     def geometry(self, root: Any, clips: Any = None) -> Geometry:
         """Also of more or fewer time steps than configured, which rotary positions take, without a frame sampler."""
-        size, frames, image = self.tubelet(root.config), root.config.frames_per_clip, _pair(root.config.crop_size)
+        size, frames, image = _tubelet(root.config), root.config.frames_per_clip, _pair(root.config.crop_size)
         if isinstance(clips, Tensor) and clips.ndim == 5 and root.everest.frame_sampler is None:
             fits = clips.shape[1] % size.frames == 0 and clips.shape[1] >= 2 * size.frames
             frames = clips.shape[1] if fits else frames
@@ -194,26 +191,12 @@ class VJEPA2(TransformersEncoder):
     def arguments(self, root: Any) -> dict[str, Any]:
         return {"skip_predictor": True} if self.backbone(root) is root else {}
 
-    def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for masks over the whole clip's tokens."""
-        if len(args) > 1:
-            kwargs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-        for name in ("context_mask", "target_mask"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} chooses among all tokens of a clip: the patched V-JEPA 2 takes none")
-
-
-# --- ViViT ----------------------------------------------------------------------------------------------------------
-
 
 class VivitEmbeddings(Patched):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """(B, T, C, H, W) → the class token and the visible tokens, with their positions, (B, 1 + V, D)."""
         if interpolate_pos_encoding:
-            raise ValueError(
-                "interpolate_pos_encoding=True: a patched ViViT takes clips of its own size alone, whose tokens have"
-                " learned positions"
-            )
+            raise ValueError("interpolate_pos_encoding=True: a patched ViViT takes clips of its own size alone")
         with forward_of(self.everest) as current:
             tokens = self.patch_embeddings(pixel_values)
             visible = current.selection.visible
@@ -226,9 +209,7 @@ class Vivit(TransformersEncoder):
     patchable = "transformers' VivitModel and VivitForVideoClassification"
     modeling, backbone_class, backbone_name = modeling_vivit, "VivitModel", "vivit"
     patches, embeddings = Tubelets, VivitEmbeddings
-
-    def tubelet(self, config: Any) -> TubeletSize:
-        return TubeletSize(*config.tubelet_size)
+    refused = ("attention_mask",)
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         if options.drop_path:
@@ -245,9 +226,6 @@ class Vivit(TransformersEncoder):
         return [(layer.attention.output, layer.output) for layer in backbone.encoder.layer]  # before transformers 5
 
 
-# --- TimeSformer ----------------------------------------------------------------------------------------------------
-
-
 class TimesformerPatches(Tubelets):
     """Tubelets of one frame."""
 
@@ -261,7 +239,7 @@ class TimesformerPatches(Tubelets):
 
 class TimesformerEmbeddings(Patched):
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, T, C, H, W) → the class token and the visible tokens in the model's order, place by place, (B, 1+V, D)."""
+        """(B, T, C, H, W) → class token and visible tokens, place by place as the model has them, (B, 1 + V, D)."""
         with forward_of(self.everest) as current:
             tokens = self.patch_embeddings(pixel_values)
             visible, (steps, height, width) = current.selection.visible, current.selection.grid
@@ -283,14 +261,16 @@ class Timesformer(TransformersEncoder):
         kind = self.embeds(root).attention_type
         if kind != "joint_space_time":
             raise TypeError(
-                f"{type(root).__qualname__} has attention_type={kind!r}: divided attention reshapes to frames × places,"
-                " which the kept tokens don't fill; patchable is attention_type='joint_space_time'"
+                f"{type(root).__qualname__}'s attention_type is {kind!r}: divided attention reshapes to frames × places"
+                " that the kept tokens don't fill; patchable is 'joint_space_time'"
             )
-
-    def tubelet(self, config: Any) -> TubeletSize:
-        return TubeletSize(1, *_pair(config.patch_size))
 
 
 def _pair(size: int | Iterable[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+def _tubelet(config: Any) -> TubeletSize:
+    frames = getattr(config, "tubelet_size", 1)
+    return TubeletSize(frames, *_pair(config.patch_size)) if isinstance(frames, int) else TubeletSize(*frames)
