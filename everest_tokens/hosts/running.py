@@ -95,6 +95,7 @@ def checked_selection(selection: Any) -> TokenSelection | None:
 def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: take `token_selection`, which the module's own forward doesn't know, and open the slot."""
     given = checked_selection(kwargs.get("token_selection"))
+    module.everest.host.check_call(module, args, kwargs)
     current = running(module.everest)
     if current is None or current.opened_by is module:  # one that an interrupt has left open counts as over
         outer = _innermost() if current is None else current.outer
