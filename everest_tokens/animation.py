@@ -27,7 +27,7 @@ def save_animation(images: Sequence[NDArray[np.uint8]], out: Path, fps: float = 
         else:
             _save_mp4(images, out, fps)
     except ImportError as error:
-        raise ImportError(f'{out.name} needs Pillow or PyAV: pip install "everest-tokens[demo]"') from error
+        raise ImportError(f"{out.name} needs Pillow or PyAV: in a clone, pip install -e '.[demo]'") from error
 
 
 def _save_gif(images: Sequence[NDArray[np.uint8]], out: Path, fps: float) -> None:

@@ -62,7 +62,7 @@ def with_reader(
     try:
         import av  # noqa: F401
     except ImportError as error:
-        raise ImportError('reading this video needs PyAV: pip install "everest-tokens[video]"') from error
+        raise ImportError("reading this video needs PyAV: in a clone, pip install -e '.[video]'") from error
     return use(_PyAVReader(name, part))
 
 

@@ -21,7 +21,7 @@ from everest_tokens.selection import TokenSelection
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD, load_clip
 from everest_tokens.visualization import draw_selections
 
-_EXTRA = 'pip install "everest-tokens[demo]"'
+_EXTRA = "in a clone, pip install -e '.[demo]'"
 _MODELS = {"pre-training": VideoMAEForPreTraining, "fine-tuning": VideoMAEForVideoClassification}
 
 

@@ -60,10 +60,10 @@ def unfold_tubelets(pixels: Tensor, size: TubeletSize) -> Tensor:
 
 
 def _as_autocast(pixels: Tensor) -> Tensor:
-    """What autocast would make of a product's operand; it leaves float64 alone and knows not every device."""
-    device = pixels.device.type
-    if pixels.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    """What autocast would make of a product's operand; it leaves float64 alone and doesn't know the meta device."""
+    if pixels.dtype == torch.float64 or pixels.is_meta:
         return pixels
+    device = pixels.device.type
     return pixels.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else pixels
 
 

@@ -1,6 +1,6 @@
 """Clips from video files: frames by number, dense sampling, and the transform to what a VideoMAE takes.
 
-Frames are numbered in the order in which they are shown. PyAV (`pip install "everest-tokens[video]"`) reads whatever
+Frames are numbered in the order in which they are shown. PyAV (in a clone, `pip install -e '.[video]'`) reads whatever
 FFmpeg reads; torchcodec, where it is installed and finds the system's FFmpeg libraries, reads the common containers
 faster and gives the same frames. Neither is imported before a file is opened. Files are local: a path, no URL.
 """

@@ -285,7 +285,7 @@ def _typeset(lines: list[_Line], page: Layout) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "everest-tokens[demo]"') from error
+        raise ImportError("drawing needs matplotlib: in a clone, pip install -e '.[demo]'") from error
     figure = Figure(dpi=page.dpi)
     FigureCanvasAgg(figure)
     style: dict[str, Any] = {"fontsize": page.font, "parse_math": False}  # a file name may hold a $

