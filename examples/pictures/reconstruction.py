@@ -1,6 +1,6 @@
 """Pre-train a small model on one clip until it knows it by heart, save it, and draw what it reconstructs.
 
-It shows what `figures.py reconstruction` draws, not what EVEREST learns: for that, give figures.py a model that was
+It shows what `paper_figures.py reconstruction` draws, not what EVEREST learns: for that, give it a model that was
 pre-trained on a data set. Takes some minutes on a CPU.
 
     python examples/pictures/reconstruction.py VIDEO --start 30 --stride 2 --out reconstruction.png
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from figures import figure, parser
+from paper_figures import figure, parser
 from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 

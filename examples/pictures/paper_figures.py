@@ -1,10 +1,10 @@
 """The paper's figures for your clips and your model, and animations; `everest-tokens visualize` draws the first only.
 
-python examples/pictures/figures.py selection VIDEO --out kept.gif      # Figure 6, which plays
-python examples/pictures/figures.py strategies VIDEO --keep-ratio 0.25  # beside random, tube, running cell: Figure 8
-python examples/pictures/figures.py keep-ratios VIDEO --layout paper    # at 0.5, 0.25 and 0.15: Figure 9
-python examples/pictures/figures.py frames VIDEO                        # what InfoFrameSampler draws: Figures 3, 10
-python examples/pictures/figures.py reconstruction VIDEO --model FOLDER # what a pre-trained model predicts: Eq. 3
+python examples/pictures/paper_figures.py selection VIDEO --out kept.gif       # Figure 6, which plays
+python examples/pictures/paper_figures.py strategies VIDEO --keep-ratio 0.25   # beside other maskings: Figure 8
+python examples/pictures/paper_figures.py keep-ratios VIDEO --layout paper     # at 0.5, 0.25 and 0.15: Figure 9
+python examples/pictures/paper_figures.py frames VIDEO                         # InfoFrameSampler: Figures 3 and 10
+python examples/pictures/paper_figures.py reconstruction VIDEO --model FOLDER  # what a model predicts: Eq. 3
 """
 
 from __future__ import annotations
@@ -146,10 +146,8 @@ def reconstruction(model: Any, clip: Tensor, title: str = "", *, seed: int = 0) 
         raise ValueError(f"{type(model).__name__} has no pixel decoder: it reconstructs nothing")
     model.everest.frame_sampler = None
     selection = et.select_tokens(model, clip, generator=torch.Generator().manual_seed(seed))
-    output = model(clip, token_selection=selection)
-    prediction = output[0] if isinstance(output, tuple) else output.logits
-    # The VideoMAE family's own pre-training normalises always, transformers' where the configuration says so.
-    normalised = getattr(getattr(model, "config", None), "norm_pix_loss", True)
+    prediction = model(clip, token_selection=selection).logits
+    normalised = model.config.norm_pix_loss
     return reconstruction_part(pixels_of(clip), selection, prediction, normalised=normalised, title=title)
 
 
@@ -330,7 +328,7 @@ def main() -> int:
     try:
         print(f"drawn in {figure(parser().parse_args()).resolve()}")
     except (ValueError, ImportError, OSError) as error:
-        print(f"figures.py: {error}", file=sys.stderr)
+        print(f"paper_figures.py: {error}", file=sys.stderr)
         return 2
     return 0
 
