@@ -143,7 +143,7 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
         axes[0].set_ylabel(label, rotation=0, ha="right", va="center", **style)
         if row is part.rows[0] and part.title:
             title = _elided(part.title, size[0] / em - 12) + "\n" * (1 + max(text.count("\n") for text in captions))
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "baseline"}
             axes[0].annotate(title, (0, 1), (0, 0.4 * font), **place, **style).set_in_layout(False)  # as wide as it is
         if limits:
             bar = figure.colorbar(

@@ -92,8 +92,8 @@ def test_a_clip_of_the_batch_is_chosen():
         selection_part(torch.rand(3, 3, 8, 16), {"kept": both}, clip=2)
 
 
-def strips(title: str, label: str, length: int = 4) -> Part:
-    images, heat = torch.rand(2 * length, 3, 32, 48), torch.rand(2 * length, 2, 3)
+def strips(title: str, label: str, length: int = 4, width: int = 48) -> Part:
+    images, heat = torch.rand(2 * length, 3, 32, width), torch.rand(2 * length, 2, 3)
     rows = [Row("frames", images), Row(label, images), Row("importance", 1234.5 * heat)]
     return Part(rows, range(0, 2 * length, 2), [f"frame {i}" for i in range(2 * length)], title)
 
@@ -101,9 +101,10 @@ def strips(title: str, label: str, length: int = 4) -> Part:
 @pytest.mark.parametrize(("width", "font"), [(12.0, 12.0), (6.75, 7.0)])
 @pytest.mark.parametrize("columns", [1, 4, 8, 16])
 @pytest.mark.parametrize("titles", [[""], ["b.mp4", "a $\\frac$ name\nof_" + 60 * "WwwW" + " that goes on" + ".mp4"]])
-def test_no_text_leaves_the_page_or_touches_anything(titles, columns, width, font):
+@pytest.mark.parametrize("side", [32, 48])
+def test_no_text_leaves_the_page_or_touches_anything(titles, columns, width, font, side):
     figure = draw(
-        [strips(title, "running cell (VideoMAE V2)\n1176 of 1568", 16) for title in titles],
+        [strips(title, "running cell (VideoMAE V2)\n1176 of 1568", 16, side) for title in titles],
         columns=columns,
         width=width,
         font=font,
@@ -125,7 +126,7 @@ def test_no_text_leaves_the_page_or_touches_anything(titles, columns, width, fon
     for one, two in combinations([axis.get_window_extent() for axis in figure.axes], 2):
         assert not overlap(one, two)
     for picture in [axis.get_window_extent() for axis in figure.axes if axis.images]:
-        assert picture.width / picture.height == pytest.approx(1.5, rel=0.02)  # as the frames
+        assert picture.width / picture.height == pytest.approx(side / 32, rel=0.02)  # as the frames
 
 
 def box_of(text):
