@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,29 +76,15 @@ def add_visualize(commands: Any) -> None:
         "patched model is drawn with the settings that it records, others with the paper's; options win over both.",
     )
     argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video files, drawn below each other")
-    argument(
-        "--out", type=Path, default=Path("everest-kept.png"), help=".png, .pdf or .svg (default: everest-kept.png)"
-    )
-    argument(
-        "--model",
-        help="folder or hub id of a transformers model, or a checkpoint file of the VideoMAE family "
-        "(default: a ViT-B's tubelet embedding with random weights)",
-    )
-    argument(
-        "--keep-ratio",
-        type=float,
-        help="share of the tokens to keep (default: the model's, else the paper's: 0.3, "
-        "or 0.6 without a pixel decoder)",
-    )
+    argument("--out", type=Path, default=Path("everest-kept.png"), help=".png, .pdf or .svg; default: everest-kept.png")
+    model = "folder or hub id of a transformers model, or checkpoint file of the VideoMAE family"
+    argument("--model", help=f"{model} (default: a ViT-B's tubelet embedding with random weights)")
+    ratio = "the model's, else the paper's 0.3, or 0.6 without a pixel decoder"
+    argument("--keep-ratio", type=float, help=f"share of the tokens to keep (default: {ratio})")
     argument("--distance", choices=["l2", "l1", "cosine", "cka"], help="S of Eq. 2 (default: the model's, else l2)")
     argument("--stride", type=int, default=4, help="frames from one sampled frame to the next (default: 4)")
-    argument(
-        "--start",
-        type=int,
-        nargs="+",
-        metavar="FRAME",
-        help="where the clip begins, one number for all videos or one for each (default: the clip lies in the middle)",
-    )
+    start = "where the clip begins, one number for all videos or one for each (default: it lies in the middle)"
+    argument("--start", type=int, nargs="+", metavar="FRAME", help=start)
     argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     argument("--columns", type=int, default=8, help="the most time steps in a line (default: 8)")
 
@@ -209,24 +196,21 @@ def run_convert(options: Any) -> None:
 
 
 def _add_checkpoint_arguments(argument: Any) -> None:
+    """Add the arguments of `load_videomae`; what isn't given is left to it."""
+    argument = partial(argument, default=argparse.SUPPRESS)
     argument("checkpoint", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors file")
     argument("--num-labels", type=int, help="labels of the classifier; the file's if not given")
-    argument("--pretraining", action="store_true", help="keep the pixel decoder of a pre-trained file")
-    argument(
-        "--family",
-        choices=["videomae", "videomaev2", "mme", "mvd", "everest"],
-        help="where the file doesn't tell; a fine-tuned MVD file looks like a fine-tuned VideoMAE",
-    )
+    argument("--pretraining", dest="for_pretraining", action="store_true", help="keep a pre-trained file's decoder")
+    families = ["videomae", "videomaev2", "mme", "mvd", "everest"]
+    argument("--family", choices=families, help="where the file doesn't tell: fine-tuned MVD looks like VideoMAE")
     argument("--num-heads", type=int, help="attention heads, where the width is none of the families' own")
     argument("--num-frames", type=int, help="frames of a clip; by default the file's or 16")
     argument("--image-size", type=int, help="side of a frame; by default the file's or 224")
 
 
 def _loading(options: Any) -> dict[str, Any]:
-    """The arguments of `load_videomae` that were given."""
-    names = ("family", "num_labels", "num_heads", "num_frames", "image_size")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {**given, "for_pretraining": options.pretraining}
+    others = ("command", "run", "checkpoint", "out")
+    return {name: value for name, value in vars(options).items() if name not in others}
 
 
 def _described(info: Any) -> list[tuple[str, str]]:
