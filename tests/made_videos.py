@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -179,3 +180,40 @@ def write_audio(path: Path) -> None:
         frame.rate, frame.pts = 8000, 0
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+class Watched:
+    """A container that lands `far` frames behind where it was asked to, and notes what it reads."""
+
+    def __init__(self, container, far: int = 0) -> None:
+        self.container, self.far, self.read = container, far, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.container, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.container.close()
+
+    def seek(self, pts: int, stream) -> None:
+        self.container.seek(pts + round(self.far / 25 / stream.time_base), stream=stream, any_frame=self.far > 0)
+
+    def demux(self, stream):
+        for packet in self.container.demux(stream):
+            self.read += 1
+            yield packet
+
+
+def watch(monkeypatch: Any, module: Any, far: int = 0) -> list[Watched]:
+    """Make a module's `open_video` give such containers; returns them as they are opened."""
+    opened, containers = module.open_video, []
+
+    def open_watched(path: str) -> tuple[Watched, Any]:
+        container, stream = opened(path)
+        containers.append(Watched(container, far))
+        return containers[-1], stream
+
+    monkeypatch.setattr(module, "open_video", open_watched)
+    return containers

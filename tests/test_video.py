@@ -15,7 +15,19 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_videos import GROUP, KINDS, LENGTH, damage, full_decode, numbers_in, packets, turn, write_audio, write_video
+from made_videos import (
+    GROUP,
+    KINDS,
+    LENGTH,
+    damage,
+    full_decode,
+    numbers_in,
+    packets,
+    turn,
+    watch,
+    write_audio,
+    write_video,
+)
 
 from everest_tokens import video
 from everest_tokens.video import dense_indices, load_clip
@@ -58,50 +70,10 @@ def test_every_frame_is_the_one_asked_for(made, name):
             assert torch.equal(frames, whole[wanted])
 
 
-class Watched:
-    """A container that lands `far` frames behind where it was asked to, and notes what it reads."""
-
-    def __init__(self, container, far: int = 0) -> None:
-        self.container, self.far, self.read = container, far, 0
-
-    def __getattr__(self, name: str):
-        return getattr(self.container, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.container.close()
-
-    def seek(self, pts: int, stream) -> None:
-        self.container.seek(pts + round(self.far / 25 / stream.time_base), stream=stream, any_frame=self.far > 0)
-
-    def demux(self, stream):
-        for packet in self.container.demux(stream):
-            self.read += 1
-            yield packet
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    def watch(far: int = 0) -> list[Watched]:
-        opened, containers = video.open_video, []
-
-        def open_watched(path):
-            container, stream = opened(path)
-            containers.append(Watched(container, far))
-            return containers[-1], stream
-
-        monkeypatch.setattr(video, "open_video", open_watched)
-        return containers
-
-    return watch
-
-
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_of_a_long_video_the_clip_alone_is_decoded(tmp_path, watch, suffix):
+def test_of_a_long_video_the_clip_alone_is_decoded(tmp_path, monkeypatch, suffix):
     path = write_video(tmp_path / f"long.{suffix}", length=600)
-    containers = watch()
+    containers = watch(monkeypatch, video)
     clip = load_clip(path, start=400, num_frames=4, stride=5, size=(64, 96), **PIXELS)[0]
     assert numbers_in((clip * 255).byte()) == [number % 256 for number in (400, 405, 410, 415)]
     numbering, decoding = containers
@@ -110,10 +82,10 @@ def test_of_a_long_video_the_clip_alone_is_decoded(tmp_path, watch, suffix):
 
 
 @pytest.mark.parametrize("far", [3, GROUP])
-def test_a_seek_that_goes_too_far_is_mended(tmp_path, watch, far):
+def test_a_seek_that_goes_too_far_is_mended(tmp_path, monkeypatch, far):
     # This codec decodes without a key frame too, to something grey.
     path = write_video(tmp_path / "mpeg4.mp4", "mpeg4", b_frames=0)
-    containers = watch(far)
+    containers = watch(monkeypatch, video, far)
     clip = load_clip(path, start=29, num_frames=2, stride=11, size=(64, 96), **PIXELS)[0]
     assert numbers_in((clip * 255).byte()) == [29, 40]
     assert len(containers) == 3  # to number the frames, to seek, and once more from the start

@@ -28,6 +28,7 @@ from made_videos import (
     picture,
     turn,
     uneven_times,
+    watch,
     write_audio,
     write_video,
 )
@@ -154,38 +155,11 @@ def test_jumps_and_skips(tmp_path, monkeypatch):
         assert decoded == needed
 
 
-class FarSeeker:
-    """A container that lands `frames` behind the key frame that it was asked for, be that a key frame or not."""
-
-    def __init__(self, container: av.container.InputContainer, frames: int) -> None:
-        self.container, self.frames = container, frames
-
-    def __getattr__(self, name: str):
-        return getattr(self.container, name)
-
-    def __enter__(self) -> FarSeeker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.container.close()
-
-    def seek(self, pts: int, stream: av.VideoStream) -> None:
-        self.container.seek(pts + round(self.frames / 25 / stream.time_base), stream=stream, any_frame=True)
-
-
 @pytest.mark.parametrize("frames", [3, GROUP])
 def test_a_seek_that_goes_too_far_is_mended(tmp_path, monkeypatch, frames):
     # This codec decodes without a key frame too, to something grey.
     path = write_video(tmp_path / "mpeg4.mp4", "mpeg4", b_frames=0)
-    opened = decoding.open_video
-    far = []
-
-    def open_far(path):
-        container, stream = opened(path)
-        far.append(FarSeeker(container, frames))
-        return far[-1], stream
-
-    monkeypatch.setattr(decoding, "open_video", open_far)
+    far = watch(monkeypatch, decoding, frames)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert numbers_in(read_frames(path, [29, 40], backend="pyav")) == [29, 40]
@@ -286,39 +260,15 @@ def test_parts_go_by_time_stamps(made, name):
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 def test_of_a_long_video_only_the_part_is_read(tmp_path, suffix, monkeypatch):
     path = write_video(tmp_path / f"long.{suffix}", length=1000)  # 40 s
-    read = []
-    opened = decoding.open_video
-
-    def counting(path):
-        container, stream = opened(path)
-        demux = container.demux
-
-        class Counting(FarSeeker):
-            def seek(self, pts: int, stream: av.VideoStream) -> None:
-                self.container.seek(pts, stream=stream)
-
-            def demux(self, stream: av.VideoStream):
-                for packet in demux(stream):
-                    read.append(packet.pts)
-                    yield packet
-
-        return Counting(container, 0), stream
-
-    monkeypatch.setattr(decoding, "open_video", counting)
+    containers = watch(monkeypatch, decoding)
     frames = read_frames(path, [0, 24, 49], part=(20, 22), backend="pyav")
     assert numbers_in(frames) == [number % 256 for number in (500, 524, 549)]
-    assert len(read) < 300
+    assert sum(container.read for container in containers) < 300
 
 
 def test_a_seek_beyond_the_part_is_mended(tmp_path, monkeypatch):
     path = write_video(tmp_path / "far.mp4", length=200)
-    opened = decoding.open_video
-
-    def open_far(path):
-        container, stream = opened(path)
-        return FarSeeker(container, 50), stream
-
-    monkeypatch.setattr(decoding, "open_video", open_far)
+    watch(monkeypatch, decoding, 50)
     assert numbers_in(read_frames(path, [0, 9, 24], part=(4, 5), backend="pyav")) == [100, 109, 124]
 
 
