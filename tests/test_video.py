@@ -158,7 +158,7 @@ def test_what_is_no_video(tmp_path, name, make, problem):
 def test_without_an_optional_package_the_extra_is_named(made, monkeypatch, module):
     path = made("one-frame.mp4")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'pip install "everest-tokens\[video\]"'):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[video\]'"):
         load_clip(path)
 
 

@@ -80,7 +80,7 @@ def test_frames_that_do_not_fit(shape):
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"everest-tokens\[demo\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[demo\]'"):
         draw([selection_part(torch.rand(3, 3, 8, 16), {"kept": selection(0)})])
 
 
