@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
+from everest_tokens.hosts.patched_class import Patched
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.selection import TokenSelection
 
@@ -81,6 +82,20 @@ class forward_of:
 
     def __exit__(self, *_: Any) -> None:
         _thread.innermost = self.outer
+
+
+class SelectingModel(Patched):
+    """A model whose own `forward` calls its own `forward_features`; each opens the slot."""
+
+    def forward(self, x: Tensor, *args: Any, token_selection: TokenSelection | None = None, **kwargs: Any) -> Any:
+        """The model's own over clips (B, C, T, H, W); `token_selection` runs instead of selecting."""
+        with forward_of(self.everest, token_selection):
+            return super().forward(x, *args, **kwargs)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, over the visible tokens."""
+        with forward_of(self.everest):
+            return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
 
 
 def checked_selection(selection: Any) -> TokenSelection | None:
