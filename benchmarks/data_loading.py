@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from documents import write
+from measuring import median_ratio, paired_seconds, quartiles
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from everest_tokens.demo import sample_video
-from everest_tokens.measuring import median_ratio, paired_seconds, quartiles
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # scripts, no package

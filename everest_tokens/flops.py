@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,9 +18,12 @@ from everest_tokens.selectors import RandomSelector, ReRoSelector, TubeSelector
 # Where the parts lie in the hosts' models; all else is the encoder.
 _PARTS: dict[str, tuple[str, ...]] = {
     "encoder": (),
-    "patch_embedding": ("embeddings", "videomae.embeddings", "patch_embed", "encoder.patch_embed"),
+    "patch_embedding": (
+        *("embeddings", "videomae.embeddings", "vivit.embeddings", "timesformer.embeddings"),
+        *("encoder.embeddings", "vjepa2.encoder.embeddings", "patch_embed", "encoder.patch_embed"),
+    ),
     "decoder": ("encoder_to_decoder", "decoder"),
-    "head": ("decoder.head", "classifier", "head", "head_dist", "attn_pool"),
+    "head": ("decoder.head", "classifier", "head", "head_dist", "attn_pool", "pooler"),
 }
 # Multiply–accumulates for each channel of a pair: a·b, and both norms where the distance divides by them.
 _PRODUCTS = {"l2": 1, "l1": 1, "cosine": 3, "cka": 3}
@@ -34,7 +38,7 @@ class FlopCount:
         patch_embedding: the tubelet embedding of the whole clip, of all candidates with a frame sampler.
         encoder: linear layers and attention products of its blocks.
         decoder: encoder_to_decoder and the decoder's blocks; 0 without a decoder.
-        head: the pixel head over the targets, or the classifier with its attention pooling.
+        head: the pixel head over the targets, or the classifier with its pooling.
     """
 
     selection: int
@@ -80,7 +84,7 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
                 running.config.everest = None
             patch_videomae(running, RandomSelector(1.0), visible=TubeSelector(0.1) if pretraining else None)
 
-    given, compared = {}, 0
+    given, compared = host.arguments(running), 0
     if is_patched(running):
         policy, (_, height, width) = running.everest, grid
         passes = [grid[0]] if policy.frame_sampler is None else [policy.num_candidates(grid[0]), grid[0]]
@@ -106,7 +110,8 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
         return charge
 
     with counting(root) as counter:
-        modules = dict(running.named_modules())
+        # PEFT's modules_to_save puts the copy that runs where the model's own part was.
+        modules = {re.sub(r"\.modules_to_save\.[^.]+", "", name): module for name, module in running.named_modules()}
         for part, path in ((part, path) for part, paths in _PARTS.items() for path in paths if path in modules):
             modules[path].register_forward_pre_hook(hook(part))
             modules[path].register_forward_hook(hook(None))

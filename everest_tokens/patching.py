@@ -13,6 +13,7 @@ from everest_tokens.hosts import base
 from everest_tokens.hosts.base import Host, Snapshot
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.timm_vit import TimmViT
+from everest_tokens.hosts.transformers_encoders import VJEPA2, Timesformer, Vivit
 from everest_tokens.hosts.transformers_videomae import TransformersVideoMAE
 from everest_tokens.hosts.trial_run import trial_run
 from everest_tokens.hosts.videomae_family import VideoMAEFamily
@@ -25,7 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # A float of its own identity: 0.9 that a caller passes must win over a recorded value, this default must not.
 _MASK_RATIO = float("0.9")
-_HOSTS: tuple[Host, ...] = (TransformersVideoMAE(), TimmViT(), VideoMAEFamily())
+_HOSTS: tuple[Host, ...] = (TransformersVideoMAE(), VJEPA2(), Vivit(), Timesformer(), TimmViT(), VideoMAEFamily())
 _SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
 _KEEP_RATIO = {"pretraining": 0.3, "encoder": 0.6}  # ρ_pre of Tables 7 and 8
 
@@ -49,13 +50,14 @@ def patch_videomae(
     timm model's patch projection becomes a new, 5-D parameter). Patching a patched model replaces the first patch. A
     setting of the selection that is not given (None, for all but `mask_ratio`) is taken from the patch before, or from
     `config.everest`, where a folder saved from a patched model of the same task keeps it, else it is the paper's
-    default. `model.everest.frame_sampler = None` takes a restored sampler out. A model runs one forward at a time:
-    threads need copies.
+    default. `model.everest.frame_sampler = None` takes a restored sampler out. Several threads may run one model. A
+    model whose forward can't run over fewer tokens is refused, and left as it was: patching ends with a forward of a
+    copy without weights (0.2 CPU-seconds for ViT-L).
 
     Args:
-        model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; a model of the
-            VideoMAE family's own repositories; a timm VisionTransformer or Eva. PEFT, DDP and compiled wrappers are
-            looked through.
+        model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel, its V-JEPA 2
+            (without the predictor), ViViT, or TimeSformer with joint attention; a model of the VideoMAE family's own
+            repositories; a timm VisionTransformer or Eva. PEFT, DDP and compiled wrappers are looked through.
         selector: (tokens (B, N, D), grid (t, h, w)) → kept (B, K) int64. Default: `ReRoSelector` with ρ_pre = 0.3 for a
             model with a pixel decoder, 0.6 for the others.
         mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ of the kept tokens are visible, 1 − ρ_pre·ρ_post of the paper.
@@ -222,9 +224,10 @@ def _refuse_prepared(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if "forward" in module.__dict__:
             where = name or type(root).__qualname__
-            raise TypeError(
-                f"{where} has an instance-level forward (prepared by accelerate?): call patch_videomae before that"
-            )
+            how = "call patch_videomae before accelerate.prepare"
+            if hasattr(module, "_hf_hook"):
+                how = "load it without device_map, call patch_videomae, then accelerate's dispatch_model"
+            raise TypeError(f"{where} has an instance-level forward, which a patch would not reach: {how}")
 
 
 def _refuse_sharded(root: Any, function: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.selection import TokenSelection, count_per_step, run_selector, source_positions
+from everest_tokens.selection import TokenSelection, count_per_step, has_values, run_selector, source_positions
 from everest_tokens.selectors import (
     RandomSelector,
     ReRoSelector,
@@ -52,7 +53,8 @@ class SelectionPolicy:
         selector: (tokens, grid) → kept (B, K); ρ_pre is its keep_ratio.
         mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ tokens are visible: 1 − ρ_pre·ρ_post of the paper.
         visible: a selector that chooses the visible tokens instead of drawing them from the kept; the targets are
-            the kept tokens that are not visible. A custom one must choose among the kept.
+            the kept tokens that are not visible. A custom one must choose among the kept, which is checked on the
+            CPU, and on an accelerator within `torch.autograd.detect_anomaly()`.
         frame_sampler: draws the clip's time steps out of more candidates (§4.2).
     """
 
@@ -68,7 +70,7 @@ class SelectionPolicy:
     ) -> None:
         self.settings = LiveSettings(task=task)
         self.settings.policy = self
-        self.root: nn.Module | None = None
+        self._root: weakref.ref[nn.Module] | None = None
         self.host: Any = None
         self.selector = selector
         self.mask_ratio = mask_ratio
@@ -80,16 +82,32 @@ class SelectionPolicy:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SelectionPolicy:
         """Copy the settings of a model that is copied; a part copied alone goes on selecting as the model does."""
-        if id(self.root) not in memo:
+        if self.root is not None and id(self.root) not in memo:
             return self
         if id(self) not in memo:
             memo[id(self)] = twin = SelectionPolicy.__new__(SelectionPolicy)
             parts = (copy.deepcopy(part, memo) for part in (self.selector, self.visible, self.frame_sampler))
             selector, visible, frame_sampler = parts
             twin.__init__(self.task, selector, self.mask_ratio, visible, frame_sampler)  # type: ignore[misc]
-            twin.root, twin.host = memo[id(self.root)], self.host
+            twin.root, twin.host = memo.get(id(self.root)), self.host
             twin.settings.update({key: value for key, value in self.settings.items() if key not in twin.settings})
         return memo[id(self)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.root = state["_root"]
+
+    @property
+    def root(self) -> nn.Module | None:
+        return None if self._root is None else self._root()
+
+    @root.setter
+    def root(self, value: nn.Module | None) -> None:
+        # Weak, so that a model that nobody holds any more is freed at once, not when garbage is collected.
+        self._root = None if value is None else weakref.ref(value)
 
     @property
     def task(self) -> str:
@@ -220,9 +238,8 @@ class SelectionPolicy:
         targets = self._num_targets(visible.shape[1], kept.shape[1], grid)
         seen = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device).scatter(1, visible, 1)
         seen = seen.gather(1, kept)  # (B, K): 1 where a kept token is visible
-        # On an accelerator this would wait for the device; a custom choice that is wrong shows on the CPU.
-        checkable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if checkable and not isinstance(self.visible, TokenSelector) and int(seen.sum()) != visible.numel():
+        custom = not isinstance(self.visible, TokenSelector)
+        if custom and has_values(seen) and int(seen.sum()) != visible.numel():
             raise ValueError(f"visible={self.visible!r} must choose distinct tokens among the kept")
         unseen_first = seen.sort(dim=1, stable=True).indices
         return visible, kept.gather(1, unseen_first[:, :targets])

@@ -98,7 +98,7 @@ def run_selector(selector: Selector, tokens: Tensor, grid: Grid, generator: torc
     """Run a selector, ours or a caller's: tokens (B, N, D) → kept (B, K), ascending.
 
     Raises:
-        ValueError: a caller's selector returns something else.
+        ValueError: a caller's selector returns something else, as far as `has_values` lets one see.
     """
     if isinstance(selector, TokenSelector) and selector.random:
         return selector(tokens, grid, generator=generator)
@@ -110,14 +110,15 @@ def run_selector(selector: Selector, tokens: Tensor, grid: Grid, generator: torc
         if kept.ndim != 2 or kept.shape[1] < 1:
             raise ValueError(f"a selector must keep at least one token, got indices {tuple(kept.shape)}")
         kept = kept.sort(dim=1).values
+        if has_values(kept):
+            _check_positions(kept, grid, "what a selector returns")
     return kept
 
 
 def check_selection(selection: TokenSelection, grid: Grid, clips: int, task: str, sampled: bool) -> None:
     """Raise ValueError where a selection that a caller gives can't be run.
 
-    Values are looked at on the CPU alone, outside compilation, tracing and functional transforms: elsewhere that would
-    wait for the device. There indices out of range, repeated or out of order are not noticed.
+    Positions out of range, repeated or out of order are noticed where `has_values` says that they can be.
 
     Args:
         grid: (τ, h, w) of the clips that the model runs.
@@ -138,16 +139,22 @@ def check_selection(selection: TokenSelection, grid: Grid, clips: int, task: str
             got = f"{index.dtype} {tuple(index.shape)}"
             raise ValueError(f"token_selection.{name} must be int64 ({clips}, …), got {got}")
         if index is not None and name != "steps" and has_values(index):
-            _check_positions(index, grid, name)
+            _check_positions(index, grid, f"token_selection.{name}")
     if selection.target is None and task == "pretraining":
         raise ValueError("token_selection has no targets, which pre-training needs: select with this model")
     if task == "pretraining" and has_values(selection.kept):
-        _check_positions(selection.kept, grid, "kept, visible and target together,")
+        _check_positions(selection.kept, grid, "token_selection.kept, visible and target together,")
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at here without waiting for a device, or for no value at all."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type != "cpu":
+    """Whether the values of a tensor can be looked at here.
+
+    Not while compiling or tracing, under a functional transform, or on an accelerator, for which looking would wait:
+    there only within `torch.autograd.detect_anomaly()`, the switch that one turns to find a fault.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
+        return False
+    if tensor.device.type != "cpu" and not torch.is_anomaly_enabled():
         return False
     return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
@@ -156,8 +163,7 @@ def _check_positions(index: Tensor, grid: Grid, name: str) -> None:
     tokens = math.prod(grid)
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
         raise ValueError(
-            f"token_selection.{name} must be positions in 0…{tokens - 1} of grid {grid},"
-            f" got {int(index.min())}…{int(index.max())}"
+            f"{name} must be positions in 0…{tokens - 1} of grid {grid}, got {int(index.min())}…{int(index.max())}"
         )
     if not bool((index.diff(dim=1) > 0).all()):
-        raise ValueError(f"token_selection.{name} must be ascending without repeats in every clip")
+        raise ValueError(f"{name} must be ascending without repeats in every clip")

@@ -121,16 +121,20 @@ class _KnownProjection(torch.autograd.Function):
 def only_tiles(module: nn.Module, size: TubeletSize) -> bool:
     """Whether a module is exactly an nn.Conv3d that embeds each tubelet by itself, and whose call does nothing else.
 
-    Then kernel and stride are the tubelet, and nothing is padded, dilated or grouped. An adapter (LoRA), a
-    parametrisation or an FSDP unit is of another type or wraps it; hooks and an instance-level forward may change what
-    goes in or comes out.
+    An nn.Conv2d does for tubelets of one frame. Then kernel and stride are the tubelet, and nothing is padded, dilated
+    or grouped. An adapter (LoRA), a parametrisation or an FSDP unit is of another type or wraps it; hooks and an
+    instance-level forward may change what goes in or comes out.
     """
+    kernel: tuple[int, ...] = (size.frames, size.height, size.width)
+    if type(module) is nn.Conv2d and size.frames == 1:
+        kernel = kernel[1:]
+    elif type(module) is not nn.Conv3d:
+        return False
     return (
-        type(module) is nn.Conv3d
-        and is_unhooked(module)
-        and module.kernel_size == module.stride == (size.frames, size.height, size.width)
-        and module.padding in ((0, 0, 0), "valid")
-        and module.dilation == (1, 1, 1)
+        is_unhooked(module)
+        and module.kernel_size == module.stride == kernel
+        and module.padding in ((0,) * len(kernel), "valid")
+        and module.dilation == (1,) * len(kernel)
         and module.groups == 1
     )
 
@@ -149,14 +153,14 @@ def is_unhooked(module: nn.Module) -> bool:
     )
 
 
-def embed_tubelets(tubelets: Tensor, projection: nn.Conv3d) -> Tensor:
+def embed_tubelets(tubelets: Tensor, projection: nn.Conv3d | nn.Conv2d) -> Tensor:
     """Embed unfolded tubelets as one product, without grad: to score them, and to take the chosen ones from.
 
     cuDNN has no good kernel for a convolution whose stride is its kernel: on a GPU the product is 9 times as fast.
 
     Args:
         tubelets: (B, N, C·frames·height·width), of `unfold_tubelets`.
-        projection: the Conv3d that `only_tiles`.
+        projection: the convolution that `only_tiles`.
 
     Returns:
         (B, N, D).
@@ -167,14 +171,14 @@ def embed_tubelets(tubelets: Tensor, projection: nn.Conv3d) -> Tensor:
     return nn.functional.linear(tubelets.detach(), projection.weight.detach().flatten(1), bias)
 
 
-def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: nn.Conv3d) -> Tensor:
+def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: nn.Conv3d | nn.Conv2d) -> Tensor:
     """The embeddings of the chosen tubelets, with the gradient that embedding them alone would give.
 
     Args:
         embedded: (B, N, D), of `embed_tubelets`.
         tubelets: (B, N, C·frames·height·width), what it embedded.
         index: (B, M) int64, positions in the clip's grid.
-        projection: the Conv3d that `only_tiles`.
+        projection: the convolution that `only_tiles`.
 
     Returns:
         (B, M, D). Its backward sees the chosen tubelets' pixels and no others.

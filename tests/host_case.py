@@ -49,6 +49,8 @@ class HostCase:
         whole: unpatched model → one that runs all tokens of a clip, for `masked_keys`.
         image_model: its own forward takes no clips.
         any_size: it takes clips of any height and width.
+        any_length: it takes any number of tubelets of frames.
+        place_major: its tokens run place by place, not step by step.
         settings: further arguments of `patch_videomae` that its clips need.
         checkpointing: switches on the host's own gradient checkpointing.
         rounding: of float64 results against the reference, where that is wider than `ROUNDING`.
@@ -74,6 +76,8 @@ class HostCase:
     whole: Callable[[Any], Any] = lambda plain: plain
     image_model: bool = False
     any_size: bool = False
+    any_length: bool = False
+    place_major: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     checkpointing: Callable[[Any], Any] | None = None
     rounding: float = 0.0
@@ -145,7 +149,11 @@ class HostCase:
         """All tokens run through all blocks, the others' keys masked; the head sees the selected ones alone."""
         batch, prefix = clips.shape[0], self.prefix
         always = torch.arange(prefix).expand(batch, -1)
-        kept = torch.cat([always, prefix + selection.visible], dim=1)
+        chosen = selection.visible
+        if self.place_major:
+            area = self.grid[1] * self.grid[2]
+            chosen = (chosen % area * self.grid[0] + chosen // area).sort(dim=1).values
+        kept = torch.cat([always, prefix + chosen], dim=1)
         allowed = torch.zeros(batch, prefix + self.tokens, dtype=torch.bool).scatter(1, kept, True)
 
         def gather(module: Any, args: Any, output: Any) -> Any:
@@ -189,9 +197,9 @@ class HostCase:
     def embedded(self, model: Any, clips: Tensor) -> Tensor:
         """(B, N, D) of a patched model's projection by one product, before the positions."""
         projection = model.get_submodule(self.projection)
-        frames, height, width = projection.weight.shape[2:]
+        *_, height, width = projection.weight.shape
         order = "b (t p) c (h q) (w r)" if self.time == 0 else "b c (t p) (h q) (w r)"
-        patches = rearrange(clips, f"{order} -> b (t h w) (c p q r)", p=frames, q=height, r=width)
+        patches = rearrange(clips, f"{order} -> b (t h w) (c p q r)", p=self.tubelet, q=height, r=width)
         return F.linear(patches, projection.weight.flatten(1), projection.bias)
 
     def importance(self, model: Any, clips: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import timm_models
 import torch
-from conftest import build_model
+import transformers
 from family_models import FineTuningModel, PreTrainingModel, randomize
 from host_case import HostCase, mask_of
+from tiny_videomae import build_model
 from torch import Tensor
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from versions import set_attention
@@ -67,6 +68,96 @@ def _classify_masked(plain: Any, clips: Tensor, selection: et.TokenSelection) ->
 def _masked_forward(plain: Any, clips: Tensor, selection: et.TokenSelection) -> Tensor:
     return plain(clips, bool_masked_pos=mask_of(selection.visible, 48)).logits
 
+
+# --- transformers' other encoders -------------------------------------------------------------------------------------
+
+_SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "num_labels": 5,
+    "attn_implementation": "sdpa",
+}
+_CONFIGS = {
+    "VJEPA2": {
+        "patch_size": 16,
+        "crop_size": 48,
+        "frames_per_clip": 8,
+        "mlp_ratio": 1.5,
+        "num_pooler_layers": 1,
+        "pred_hidden_size": 24,
+        "pred_num_attention_heads": 2,
+        "pred_num_hidden_layers": 1,
+        "pred_num_mask_tokens": 2,
+    },
+    "Vivit": {"image_size": 48, "num_frames": 8, "tubelet_size": [2, 16, 16]},
+    "Timesformer": {"image_size": 48, "num_frames": 4, "attention_type": "joint_space_time"},
+}
+VJEPA2Model = getattr(transformers, "VJEPA2Model", object)
+
+
+class VJEPA2EncoderOnly(VJEPA2Model):  # type: ignore[misc, valid-type]
+    """V-JEPA 2 as the patched model runs it; that the predictor is refused has a test of its own."""
+
+    def forward(self, pixel_values_videos: Any, skip_predictor: bool = True, **kwargs: Any) -> Any:
+        return super().forward(pixel_values_videos, skip_predictor=skip_predictor, **kwargs)
+
+
+def build_encoder(name: str, seed: int = 0, **options: Any) -> Any:
+    """A tiny model of one of these classes in eval mode, whose every parameter is random."""
+    kind = next(kind for kind in _CONFIGS if name.startswith(kind))
+    options = {**_SMALL, **_CONFIGS[kind], **options}
+    if kind == "Timesformer":
+        options.pop("attn_implementation")  # it has one
+    cls = VJEPA2EncoderOnly if name == "VJEPA2EncoderOnly" else getattr(transformers, name)
+    model = randomize(cls(getattr(transformers, f"{kind}Config")(**options)), seed)
+    if kind == "VJEPA2":  # which gets no gradient
+        getattr(model, "vjepa2", model).predictor.requires_grad_(False)
+    return model
+
+
+def _logits(output: Any) -> Tensor:
+    return output.logits
+
+
+def _tokens(output: Any) -> Tensor:
+    """(B, 1 + V, D), and ViViT's pooled class token behind them."""
+    pooled = [output.pooler_output[:, None]] if hasattr(output, "pooler_output") else []
+    return torch.cat([output.last_hidden_state, *pooled], dim=1)
+
+
+def _encoder(name: str, kind: str, blocks: str, query: str, **options: Any) -> HostCase:
+    classifies = name.endswith("ForVideoClassification")
+    backbone = f"{kind.lower()}." if classifies else ""
+    inner = "encoder." if kind == "VJEPA2" else ""
+    return HostCase(
+        name,
+        partial(build_encoder, name),
+        clip=(4 if kind == "Timesformer" else 8, 3, 48, 48),
+        grid=(4, 3, 3),
+        projection=f"{backbone}{inner}embeddings.patch_embeddings.{'proj' if kind == 'VJEPA2' else 'projection'}",
+        blocks=f"{backbone}{blocks}",
+        adapted=tuple(f"{backbone}{blocks}.{index}.{query}" for index in range(2)),
+        output=_logits if classifies else _tokens,
+        prefix=int(kind != "VJEPA2"),
+        checkpointing=lambda model: model.gradient_checkpointing_enable(),
+        **options,
+    )
+
+
+_vjepa2 = partial(
+    _encoder,
+    kind="VJEPA2",
+    blocks="encoder.layer",
+    query="attention.query",
+    any_length=True,
+    skip=pytest.mark.skipif(VJEPA2Model is object, reason="transformers has V-JEPA 2 from 4.53 on"),
+)
+_vivit = partial(_encoder, kind="Vivit", blocks="layers", query="attention.q_proj")
+_timesformer = partial(
+    _encoder, kind="Timesformer", blocks="encoder.layer", query="attention.attention.qkv", place_major=True
+)
 
 # --- the VideoMAE family's own classes: their modules after the embedding, run on the chosen tokens -----------------
 
@@ -187,6 +278,12 @@ CASES = [
         reference=_classify_masked,
     ),
     _videomae("VideoMAEModel", VideoMAEModel, lambda output: output.last_hidden_state),
+    _vjepa2("VJEPA2ForVideoClassification"),
+    _vjepa2("VJEPA2EncoderOnly", variant=True),
+    _vivit("VivitForVideoClassification"),
+    _vivit("VivitModel", variant=True),
+    _timesformer("TimesformerForVideoClassification"),
+    _timesformer("TimesformerModel", variant=True),
     _fine_tuning("videomae", variant=False),
     _fine_tuning("videomae", "videomae-learnable", use_learnable_pos_emb=True, use_mean_pooling=False),
     _fine_tuning("videomaev2", cos_attn=True),

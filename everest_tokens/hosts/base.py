@@ -60,6 +60,13 @@ class Host:
         """Modules whose class stays and whose call begins a forward."""
         return []
 
+    def arguments(self, root: Any) -> dict[str, Any]:
+        """What `forward` needs beside clips to run what the patched model runs, patched or not."""
+        return {}
+
+    def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ValueError where one of `entries` is called with what it can't do over the kept tokens."""
+
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         """What this kind needs beyond swapped classes, before they are swapped."""
 

@@ -27,6 +27,12 @@ class Patched(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script, which takes no class that is made while running."""
+        raise TypeError(
+            f"{type(self).__qualname__} is patched: torch.jit.trace or torch.export it instead of scripting"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Made while running, the class can't be found by name: pickle and deepcopy rebuild it from the two bases."""
         return _blank, self._everest_bases, self.__dict__.copy()

@@ -11,8 +11,10 @@ import threading
 from typing import Any
 
 import torch
-from torch import nn
+import torch.fx
+from torch import Tensor, nn
 
+from everest_tokens.hosts.patched_class import Patched
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.selection import TokenSelection
 
@@ -82,8 +84,24 @@ class forward_of:
         _thread.innermost = self.outer
 
 
+class SelectingModel(Patched):
+    """A model whose own `forward` calls its own `forward_features`; each opens the slot."""
+
+    def forward(self, x: Tensor, *args: Any, token_selection: TokenSelection | None = None, **kwargs: Any) -> Any:
+        """The model's own over clips (B, C, T, H, W); `token_selection` runs instead of selecting."""
+        with forward_of(self.everest, token_selection):
+            return super().forward(x, *args, **kwargs)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, over the visible tokens."""
+        with forward_of(self.everest):
+            return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
+
+
 def checked_selection(selection: Any) -> TokenSelection | None:
     """Give back `token_selection`. Raises TypeError for anything but a TokenSelection or None."""
+    if isinstance(selection, torch.fx.Proxy):
+        raise TypeError("torch.fx can't trace what a patched model selects: use torch.export, or forward_intermediates")
     if selection is not None and not isinstance(selection, TokenSelection):
         raise TypeError(f"token_selection must be a TokenSelection, got {type(selection).__name__}")
     return selection
@@ -92,10 +110,12 @@ def checked_selection(selection: Any) -> TokenSelection | None:
 def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: take `token_selection`, which the module's own forward doesn't know, and open the slot."""
     given = checked_selection(kwargs.get("token_selection"))
+    module.everest.host.check_call(module, args, kwargs)
     current = running(module.everest)
-    if current is None:
+    if current is None or current.opened_by is module:  # one that an interrupt has left open counts as over
+        outer = _innermost() if current is None else current.outer
         current = Running(module.everest)
-        current.outer, current.opened_by = _innermost(), module
+        current.outer, current.opened_by = outer, module
         _thread.innermost = current
     if given is not None:
         current.given = given

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from everest_tokens.hosts.base import Host
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, own_class
-from everest_tokens.hosts.running import forward_of, running
+from everest_tokens.hosts.running import SelectingModel, forward_of, running
 from everest_tokens.hosts.stochastic_depth import (
     check_stochastic_depth,
     restore_stochastic_depth,
@@ -26,7 +26,6 @@ from everest_tokens.hosts.stochastic_depth import (
 from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.positions import ConstantTable, sincos_table
-from everest_tokens.selection import TokenSelection
 from everest_tokens.tubelets import Grid, TubeletSize, is_unhooked
 
 logger = logging.getLogger(__name__)
@@ -89,21 +88,11 @@ class Tubelets(TubeletEmbedding):
         return super().forward(x)
 
 
-class VideoTransformer(Patched):
+class VideoTransformer(SelectingModel):
     """A timm image model over the kept tokens of a clip."""
 
     patched_attributes = ("_steps",)
     _steps: ConstantTable | None  # (τ, D) float32, the temporal embedding at root mean square 1
-
-    def forward(self, x: Tensor, *args: Any, token_selection: TokenSelection | None = None, **kwargs: Any) -> Any:
-        """The model's own over clips (B, C, T, H, W); `token_selection` runs instead of selecting."""
-        with forward_of(self.everest, token_selection):
-            return super().forward(x, *args, **kwargs)
-
-    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's, over the visible tokens."""
-        with forward_of(self.everest):
-            return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's with `output_fmt="NLC"`: (B, V, D) from each block. Raises ValueError for "NCHW"."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers.models.videomae import modeling_videomae as original
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -21,6 +20,7 @@ from everest_tokens.hosts.base import Host
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, own_class
 from everest_tokens.hosts.running import forward_of
+from everest_tokens.hosts.stochastic_depth import add_drop_path, remove_drop_path
 from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.positions import ConstantTable
@@ -36,6 +36,9 @@ class Tubelets(TubeletEmbedding):
         height, width = self.image_size
         steps = self.num_patches // ((height // size.height) * (width // size.width))
         return size, size.grid(size.frames * steps, height, width), (height, width)
+
+    def channels(self) -> int:
+        return self.num_channels
 
     def runs_without_clips(self) -> bool:
         # Its attention leaves a size of its views to be worked out, where it doesn't name all of them, as up to 4.5x.
@@ -140,7 +143,8 @@ class TransformersVideoMAE(Host):
     options = ("drop_path",)  # its attention is chosen by attn_implementation
 
     def recognises(self, root: nn.Module) -> bool:
-        return isinstance(getattr(root, "videomae", root), original.VideoMAEModel)
+        own = isinstance(root, original.VideoMAEPreTrainedModel) and hasattr(root, "videomae")
+        return own or isinstance(getattr(root, "videomae", root), original.VideoMAEModel)
 
     def check(self, root: Any) -> None:
         """Raise TypeError for a subclass whose own forward a patch would silently replace."""
@@ -203,20 +207,14 @@ class TransformersVideoMAE(Host):
             statistics = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device="cpu")
             root._pixel_statistics = ConstantTable(statistics, device)
         if options.drop_path:
-            rates = torch.linspace(0, options.drop_path, len(backbone.encoder.layer), device="cpu").tolist()
-            for rate, end in zip(rates, _branch_ends(backbone), strict=True):  # rising with depth
-                for module in end:
-                    module.dropout = nn.Sequential(module.dropout, DropPath(rate)).train(module.training)
+            add_drop_path(_branch_ends(backbone), options.drop_path)
 
     def numbers(self, root: Any) -> dict[str, Any]:
         return numerics.numbers_of(root)
 
     def restore(self, root: Any, again: PatchOptions | None) -> None:
         """A checkpoint's own numbers stay with the model, also in the next folder that is saved of it."""
-        for end in _branch_ends(_backbone(root)):
-            for module in end:
-                if isinstance(module.dropout, nn.Sequential) and isinstance(module.dropout[-1], DropPath):
-                    module.dropout = module.dropout[0]
+        remove_drop_path(_branch_ends(_backbone(root)))
         if numerics.lacking(root) and not hasattr(root.config, "everest"):
             root.config.everest = {"task": self.task(root), **numerics.numbers_of(root)}
 

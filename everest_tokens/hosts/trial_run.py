@@ -63,7 +63,7 @@ def _run(host: Host, root: Any, part: bool) -> None:
     target = positions[:, visible:] if host.task(root) == "pretraining" else None
     selection = TokenSelection(positions[:, :visible], target, grid, steps=steps)
     with torch.no_grad():
-        root(torch.zeros(shape, dtype=dtype, device=device), token_selection=selection)
+        root(torch.zeros(shape, dtype=dtype, device=device), token_selection=selection, **host.arguments(root))
 
 
 def _without_foreign_hooks(twin: Any) -> Any:

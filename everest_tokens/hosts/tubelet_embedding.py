@@ -49,6 +49,10 @@ class TubeletEmbedding(Patched):
         """(B, N, D) of the whole clip by the module's own forward, where the projection does more than tile it."""
         return super().forward(clips, **kwargs)
 
+    def channels(self) -> int:
+        """How many channels a clip has."""
+        return getattr(self, self.projection_name).weight.shape[1]
+
     def runs_without_clips(self) -> bool:
         """Whether the model's blocks take a batch of 0 clips."""
         return True
@@ -66,10 +70,10 @@ class TubeletEmbedding(Patched):
         policy = self.everest
         size, grid, (height, width) = self.geometry(x)
         projection = getattr(self, self.projection_name)
-        frames, channels = size.frames * policy.num_candidates(grid[0]), projection.weight.shape[1]
-        expected = {"frames": frames, "channels": channels, "height": height, "width": width}
+        frames = size.frames * policy.num_candidates(grid[0])
+        expected = {"frames": frames, "channels": self.channels(), "height": height, "width": width}
         if self.channels_first:
-            expected = {"channels": channels, **expected}
+            expected = {"channels": self.channels(), **expected}
         check_clips(x, expected, policy, size.frames * grid[0], self.argument)
         clips = self.padded(x, size)
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from everest_tokens.hosts.base import Host
+from everest_tokens.hosts.fused_attention import FusedAttention, check_attention
 from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class
-from everest_tokens.hosts.running import forward_of, running
+from everest_tokens.hosts.running import SelectingModel, forward_of, running
 from everest_tokens.hosts.stochastic_depth import (
     check_stochastic_depth,
     restore_stochastic_depth,
@@ -53,20 +54,10 @@ class Tubelets(TubeletEmbedding):
         return self.embed(x, **kwargs) if running(self.everest) is None else super().forward(x, **kwargs)
 
 
-class FineTuning(Patched):
+class FineTuning(SelectingModel):
     """A classifier of which only the informative tokens reach the blocks."""
 
     _table: Tensor | None  # the model's own `pos_embed` where that is a plain tensor
-
-    def forward(self, x: Tensor, *args: Any, token_selection: TokenSelection | None = None, **kwargs: Any) -> Any:
-        """The model's own over clips (B, C, T, H, W); `token_selection` runs instead of selecting."""
-        with forward_of(self.everest, token_selection):
-            return super().forward(x, *args, **kwargs)
-
-    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, over the visible tokens."""
-        with forward_of(self.everest):
-            return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
 
     @property
     def pos_embed(self) -> Tensor | None:
@@ -140,22 +131,6 @@ class PreTraining(Patched):
         return self
 
 
-class FusedAttention(Patched):
-    """The family's attention through `scaled_dot_product_attention`."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) → (B, N, D)."""
-        batch, count, _ = tokens.shape
-        bias = None
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        products = nn.functional.linear(tokens, self.qkv.weight, bias)
-        query, key, value = products.view(batch, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_drop.p if self.training else 0.0
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
-        return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, count, -1)))
-
-
 class VideoMAEFamily(Host):
     patchable = (
         "fine-tuning models of VideoMAE, VideoMAE V2, MME, MVD and EVEREST and pre-training models of VideoMAE, V2 and"
@@ -190,9 +165,7 @@ class VideoMAEFamily(Host):
             return
         if isinstance(root, Patched):
             return
-        asked = [
-            p.name for p in _parameters(root.forward) if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
+        asked = [each.name for each in _parameters(root.forward) if each.default is each.empty]
         if len(asked) > 3:
             raise TypeError(
                 f"{name}.forward needs {', '.join(asked)}: its objective is more than pixels; patchable are"
@@ -214,7 +187,7 @@ class VideoMAEFamily(Host):
         check_stochastic_depth(_encoder(root).blocks, options.drop_path)
         if options.fused_attention:
             for number, block in enumerate(_all_blocks(root)):
-                _check_attention(number, block.attn)
+                check_attention(number, block.attn)
         return Tubelets.geometry(_encoder(root).patch_embed)[1]
 
     def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
@@ -299,19 +272,6 @@ def _predicts_features(model: Any) -> bool:
     with_decoders = hasattr(model, "encoder") and hasattr(model, "decoder") and _embeds_tubelets(model.encoder)
     teachers = any(hasattr(model, f"decoder_{name}") for name in ("img", "vid"))
     return (with_decoders and not _pretrains(model)) or (teachers and _embeds_tubelets(model))
-
-
-def _check_attention(number: int, attention: Any) -> None:
-    """Raise ValueError where a block's attention is not the family's usual one."""
-    names = {name for name, _ in attention.named_parameters()}
-    usual = {"qkv.weight", "proj.weight", "proj.bias"}
-    parts = all(hasattr(attention, name) for name in ("num_heads", "attn_drop", "proj_drop", "q_bias", "v_bias"))
-    scaled = isinstance(getattr(attention, "scale", None), float)
-    if not parts or not scaled or names not in (usual, usual | {"q_bias", "v_bias"}):
-        raise ValueError(
-            f"fused_attention: the attention of block {number} ({type(attention).__qualname__}) is not a fused qkv with"
-            f" a fixed scale, its parameters are {', '.join(sorted(names))}"
-        )
 
 
 def _rows(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:

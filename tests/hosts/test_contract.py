@@ -65,8 +65,15 @@ class TestGivenSelection:
     @hosts()
     def test_is_run_once_and_not_kept(self, case):
         model, clips = case.patched(), case.clips()
-        own, given = case.run(model, clips), case.run(model, clips, case.selection())
+
+        def features() -> Any:
+            torch.manual_seed(11)
+            return model.forward_features(clips) if hasattr(model, "forward_features") else None
+
+        own, own_features = case.run(model, clips), features()
+        given = case.run(model, clips, case.selection())
         assert given.shape != own.shape or not torch.allclose(given, own)
+        torch.testing.assert_close(features(), own_features, rtol=0, atol=0)
         assert torch.equal(case.run(model, clips), own)
 
     @hosts()
@@ -244,8 +251,9 @@ class TestFrameSampler:
                 model(case.clips(frames=wrong))
         model.everest.frame_sampler = None
         case.run(model, case.clips())
-        with pytest.raises(ValueError, match=rf"\b{own}\b.*\b{2 * own}\b"):
-            model(case.clips(frames=2 * own))
+        wrong = 2 * own + 1 if case.any_length else 2 * own
+        with pytest.raises(ValueError, match=rf"\b{own}\b.*\b{wrong}\b"):
+            model(case.clips(frames=wrong))
 
 
 class TestUnusualBatches:
@@ -289,9 +297,11 @@ def shapes(case: HostCase) -> list[tuple[int, ...]]:
     """Batches that are wrong in one axis each."""
     clip = case.clip
     axes = clip[:2] if case.any_size else clip
-    wrong = [(2, *clip[:axis], size + 2, *clip[axis + 1 :]) for axis, size in enumerate(axes)]
+    wrong = [
+        (2, *clip[:axis], size + (1 if case.any_length else 2), *clip[axis + 1 :]) for axis, size in enumerate(axes)
+    ]
     wrong += [(2, clip[1], clip[0], *clip[2:]), (2, *clip[: case.time], 0, *clip[case.time + 1 :]), clip, (1, 2, *clip)]
-    return wrong if case.any_size else [*wrong, (2, *clip[:2], clip[3], clip[2])]
+    return wrong if case.any_size or clip[2] == clip[3] else [*wrong, (2, *clip[:2], clip[3], clip[2])]
 
 
 class TestWrongInput:
@@ -329,7 +339,7 @@ class TestWrongInput:
         steps = torch.arange(t).expand(2, t)
         bad = [
             (et.TokenSelection(good.visible[:1], first, good.grid), r"\b1 clips"),
-            (et.TokenSelection(good.visible, good.target, (t, w, h)), rf"\({t}, {w}, {h}\).*\({t}, {h}, {w}\)"),
+            (et.TokenSelection(good.visible, good.target, (h, t, w)), rf"\({h}, {t}, {w}\).*\({t}, {h}, {w}\)"),
             (et.TokenSelection(good.visible.int(), good.target, good.grid), "int32"),
             (et.TokenSelection(good.visible[0], good.target, good.grid), "clips|int64"),
             (et.TokenSelection(good.visible, good.target, good.grid, steps=steps), "steps"),

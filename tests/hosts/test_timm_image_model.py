@@ -467,17 +467,6 @@ class TestCountFlops:
         assert count.selection == 3 * 6 * 64  # l2: one product a channel of each pair
         assert count.patch_embedding == 24 * 64 * 3 * 2 * math.prod(model.patch_embed.patch_size)
 
-    @pytest.mark.parametrize(
-        ("name", "overrides"),
-        [
-            family("vit_dpwee_patch16_reg1_gap_256", {}, id="differential-attention"),
-            family(VIT, {"global_pool": "prr"}, id="prr", needs="AttentionPoolPrr"),
-        ],
-    )
-    def test_what_it_cannot_count(self, name, overrides):
-        with pytest.raises(TypeError, match="count_flops doesn't know"):
-            et.count_flops(build(name, **overrides))
-
     def test_a_full_size_model(self):
         # ViT-B over 8·14·14 tokens is VideoMAE's ViT-B (180.5 GFLOPs in Table 1); a block counts alike twelve times.
         model = VisionTransformer(depth=1, num_classes=400, class_token=False, global_pool="avg").to("meta")
