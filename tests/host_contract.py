@@ -148,6 +148,8 @@ _vjepa2 = partial(
     skip=pytest.mark.skipif(VJEPA2Model is object, reason="transformers has V-JEPA 2 from 4.53 on"),
 )
 _vivit = partial(_encoder, kind="Vivit", blocks="layers", query="attention.q_proj")
+if hasattr(transformers.models.vivit.modeling_vivit, "VivitEncoder"):  # before transformers 5
+    _vivit = partial(_encoder, kind="Vivit", blocks="encoder.layer", query="attention.attention.query")
 _timesformer = partial(
     _encoder, kind="Timesformer", blocks="encoder.layer", query="attention.attention.qkv", place_major=True
 )
