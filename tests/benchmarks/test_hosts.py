@@ -15,6 +15,12 @@ import everest_tokens as et
 NAMES = ["VideoMAE", "Vivit", "Timesformer", *(["VJEPA2"] if hasattr(transformers, "VJEPA2Model") else [])]
 
 
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    widths = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "num_labels": 5}
+    monkeypatch.setattr(hosts, "SHARED", widths)
+
+
 def test_a_run(tmp_path, capsys):
     out = tmp_path / "out.json"
     size = ["--image-size", "32", "--layers", "1", "--frames", "8"]
@@ -25,7 +31,7 @@ def test_a_run(tmp_path, capsys):
     assert [run["model"] for run in document["runs"]] == [f"{name}ForVideoClassification" for name in NAMES]
     for run in document["runs"]:
         assert run["tokens"] == 8  # of 4 × 2 × 2
-        assert 0.4 < run["flops_ratio"] < 0.8
+        assert 0.5 < run["flops_ratio"] < 1  # of these widths the embedding is much
         for kind in ("training", "inference"):
             seconds = run[kind]["seconds"]
             ratios = [a / b for a, b in zip(seconds["patched"], seconds["unpatched"], strict=True)]
