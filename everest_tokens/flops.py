@@ -23,7 +23,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
         *("encoder.embeddings", "vjepa2.encoder.embeddings", "patch_embed", "encoder.patch_embed"),
     ),
     "decoder": ("encoder_to_decoder", "decoder"),
-    "head": ("decoder.head", "classifier", "head", "head_dist", "attn_pool", "pooler"),
+    "head": ("decoder.head", "classifier", "head", "head_dist", "head_verb", "head_noun", "attn_pool", "pooler"),
 }
 # Multiply–accumulates for each channel of a pair: a·b, and both norms where the distance divides by them.
 _PRODUCTS = {"l2": 1, "l1": 1, "cosine": 3, "cka": 3}

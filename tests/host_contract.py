@@ -155,6 +155,8 @@ _vjepa2 = partial(
     skip=pytest.mark.skipif(VJEPA2Model is object, reason="transformers has V-JEPA 2 from 4.53 on"),
 )
 _vivit = partial(_encoder, kind="Vivit", blocks="layers", query="attention.q_proj")
+if hasattr(transformers.models.vivit.modeling_vivit, "VivitEncoder"):  # before transformers 5
+    _vivit = partial(_encoder, kind="Vivit", blocks="encoder.layer", query="attention.attention.query")
 _timesformer = partial(
     _encoder, kind="Timesformer", blocks="encoder.layer", query="attention.attention.qkv", place_major=True
 )
@@ -166,7 +168,23 @@ def _run_tokens(plain: Any, clips: Tensor, selection: et.TokenSelection) -> Tens
     tokens = plain.patch_embed(clips)
     tokens = tokens + plain.pos_embed.detach().to(tokens.dtype)
     chosen = torch.stack([clip[row] for clip, row in zip(tokens, selection.visible, strict=True)])
-    return plain.run_head(plain.run_tokens(chosen))
+    return _joined(plain.run_head(plain.run_tokens(chosen)))
+
+
+class TwoHeads(FineTuningModel):
+    """Scores of verbs and of nouns, as scripts for EPIC-Kitchens have them; no `head`."""
+
+    def __init__(self, family: str, **options: Any) -> None:
+        super().__init__(family, **options)
+        del self.head
+        self.head_verb, self.head_noun = torch.nn.Linear(32, 5), torch.nn.Linear(32, 7)
+
+    def run_head(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head_verb(features), self.head_noun(features)
+
+
+def _joined(scores: Any) -> Tensor:
+    return torch.cat(scores, dim=1) if isinstance(scores, tuple) else scores
 
 
 def _unshuffled(plain: Any) -> Any:
@@ -175,10 +193,12 @@ def _unshuffled(plain: Any) -> Any:
     return plain
 
 
-def _fine_tuning(family: str, name: str = "", variant: bool = True, **options: Any) -> HostCase:
+def _fine_tuning(
+    family: str, name: str = "", variant: bool = True, cls: Any = FineTuningModel, **options: Any
+) -> HostCase:
     return HostCase(
         name or family,
-        lambda seed: randomize(FineTuningModel(family, **options), seed),
+        lambda seed: randomize(cls(family, **options), seed),
         clip=(3, 8, 48, 64),
         grid=(4, 3, 4),
         time=1,
@@ -186,6 +206,7 @@ def _fine_tuning(family: str, name: str = "", variant: bool = True, **options: A
         blocks="blocks",
         adapted=("blocks.0.mlp.fc1", "blocks.1.attn.proj"),
         prefix=int("use_cls_token" in options),
+        output=_joined,
         reference=_run_tokens,
         **({"whole": _unshuffled} if family == "mme" else {}),
         checkpointing=None if family == "mme" else partial(_set_flag, family),
@@ -285,6 +306,7 @@ CASES = [
     _timesformer("TimesformerForVideoClassification"),
     _timesformer("TimesformerModel", variant=True),
     _fine_tuning("videomae", variant=False),
+    _fine_tuning("videomae", "two-heads", cls=TwoHeads),
     _fine_tuning("videomae", "videomae-learnable", use_learnable_pos_emb=True, use_mean_pooling=False),
     _fine_tuning("videomaev2", cos_attn=True),
     _fine_tuning("mme"),

@@ -251,7 +251,7 @@ def _embeds_tubelets(module: Any) -> bool:
 
 
 def _fine_tunes(model: Any) -> bool:
-    own = all(hasattr(model, name) for name in ("pos_embed", "head", "forward_features"))
+    own = all(hasattr(model, name) for name in ("pos_embed", "forward_features"))
     if not own or not (hasattr(model, "fc_norm") or hasattr(model, "norm")) or not _embeds_tubelets(model):
         return False
     # A mask is what a pre-training model's encoder takes.
