@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import transformers
 from documents import RESULTS, header, write
+from everest_tokens.measuring import median_ratio, paired_seconds, quartiles
 from torch import Tensor
 from tqdm import tqdm
 
 import everest_tokens as et
-from everest_tokens.measuring import median_ratio, paired_seconds, quartiles
 
 # ViT-B's widths under each model's own names; 16 frames make 8 time steps, TimeSformer's patches one each.
 SHARED = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_labels": 174}
