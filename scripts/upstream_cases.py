@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import VideoMAEConfig
 
 import everest_tokens as et
 
@@ -73,28 +72,44 @@ class Case:
     mask: bool = False
 
 
-def _videomae() -> VideoMAEConfig:
-    return VideoMAEConfig(
-        image_size=SIZE,
-        patch_size=4,
-        num_frames=FRAMES,
-        tubelet_size=2,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=37,
-        decoder_num_attention_heads=4,
-        decoder_hidden_size=32,
-        decoder_num_hidden_layers=2,
-        decoder_intermediate_size=37,
-        num_labels=3,
-    )
+def _config(kind: str, **options: Any) -> Callable[[], Any]:
+    """A small configuration; every kind calls these sizes the same."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 4}
+    return lambda: getattr(transformers, f"{kind}Config")(**sizes, **options)
 
+
+_videomae = _config(
+    "VideoMAE",
+    num_frames=FRAMES,
+    tubelet_size=2,
+    intermediate_size=37,
+    decoder_num_attention_heads=4,
+    decoder_hidden_size=32,
+    decoder_num_hidden_layers=2,
+    decoder_intermediate_size=37,
+)
+_vjepa2 = _config(
+    "VJEPA2",
+    crop_size=SIZE,
+    frames_per_clip=FRAMES,
+    tubelet_size=2,
+    pred_hidden_size=32,
+    pred_num_attention_heads=4,
+    pred_num_hidden_layers=2,
+    num_pooler_layers=1,
+)
+_vivit = _config("Vivit", num_frames=FRAMES, tubelet_size=[2, 4, 4], intermediate_size=37)
+_timesformer = _config("Timesformer", num_frames=FRAMES, attention_type="joint_space_time", intermediate_size=37)
 
 CASES = [
     Case("VideoMAEModel", _videomae, (2, 4, 4)),
     Case("VideoMAEForPreTraining", _videomae, (2, 4, 4), mask=True),
     Case("VideoMAEForVideoClassification", _videomae, (2, 4, 4)),
+    Case("VJEPA2ForVideoClassification", _vjepa2, (2, 4, 4)),
+    Case("VivitModel", _vivit, (2, 4, 4), extra=1),
+    Case("VivitForVideoClassification", _vivit, (2, 4, 4), extra=1),
+    Case("TimesformerModel", _timesformer, (4, 4, 4), extra=1),
+    Case("TimesformerForVideoClassification", _timesformer, (4, 4, 4), extra=1),
 ]
 
 
@@ -121,7 +136,8 @@ class ModelTester:
         return self.case.config()
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
-        inputs = {"pixel_values": torch.randn(BATCH, FRAMES, 3, SIZE, SIZE)}
+        name = getattr(transformers, self.case.name).main_input_name
+        inputs = {name: torch.randn(BATCH, FRAMES, 3, SIZE, SIZE)}
         if self.case.mask:
             masked = torch.arange(self.mask_length) < self.num_masks
             inputs["bool_masked_pos"] = masked.expand(BATCH, -1).contiguous()

@@ -45,7 +45,8 @@ class Tubelets(TubeletEmbedding):
         return self.everest.host.geometry(self.everest.root, clips)
 
     def runs_without_clips(self) -> bool:
-        return False  # attentions leave a size of their views to be worked out
+        # Attentions leave a size of their views to be worked out; ViViT's names all of them in older releases.
+        return any(hasattr(module, "transpose_for_scores") for module in self.everest.root.modules())  # type: ignore[union-attr]
 
 
 class TransformersEncoder(Host):

@@ -41,7 +41,7 @@ class Tubelets(TubeletEmbedding):
         return self.num_channels
 
     def runs_without_clips(self) -> bool:
-        # Its attention leaves a size of its views to be worked out, where it doesn't name all of them, as up to 4.5x.
+        # Its attention leaves a size of its views to be worked out; in older releases it names all of them.
         return hasattr(original.VideoMAESelfAttention, "transpose_for_scores")
 
     def only_projects(self) -> bool:
