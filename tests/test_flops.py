@@ -386,6 +386,7 @@ class TestAroundTheModel:
     @pytest.mark.parametrize("patched", [True, False])
     def test_what_accelerate_wraps_a_forward_in(self, make_model, cls, patched):
         accelerate = pytest.importorskip("accelerate")
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one a process, whoever made it
         model = make_model(cls)
         if patched:
             et.patch_videomae(model)
