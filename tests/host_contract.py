@@ -18,6 +18,7 @@ from host_case import HostCase, mask_of
 from tiny_videomae import build_model
 from torch import Tensor
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
+from transformers.models.vivit import modeling_vivit
 from versions import set_attention
 
 import everest_tokens as et
@@ -155,6 +156,8 @@ _vjepa2 = partial(
     skip=pytest.mark.skipif(VJEPA2Model is object, reason="transformers has V-JEPA 2 from 4.53 on"),
 )
 _vivit = partial(_encoder, kind="Vivit", blocks="layers", query="attention.q_proj")
+if hasattr(modeling_vivit, "VivitEncoder"):  # older releases
+    _vivit = partial(_encoder, kind="Vivit", blocks="encoder.layer", query="attention.attention.query")
 _timesformer = partial(
     _encoder, kind="Timesformer", blocks="encoder.layer", query="attention.attention.qkv", place_major=True
 )
