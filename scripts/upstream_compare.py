@@ -20,7 +20,7 @@ _WITH_MASK = [
     for side in ("left", "right")
     for kernels in (0, 1)
 ]
-# What patching must change: (class or "*", test, keep ratio or "*") → why. A test that is listed and passes is an error.
+# What patching must change: (class or "*", test, keep ratio or "*") → why. One that is listed and passes is an error.
 EXPECTED: dict[tuple[str, str, str], str] = {
     ("VivitModel", f"test_eager_matches_sdpa_inference_{name}", "*"): _MASK
     for name in [*_WITH_MASK, "24_fp32_pad_left_output_attentions"]
