@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from documents import RESULTS, header, write
-from everest_tokens.measuring import median_ratio, paired_seconds, quartiles
+from measuring import median_ratio, paired_seconds, quartiles
 from torch import Tensor
 from tqdm import tqdm
 
