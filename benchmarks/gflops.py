@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from documents import write
+from measuring import videomae_mask
 from step_cost import PHASES, config_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +32,6 @@ from tqdm import tqdm
 from transformers.models.videomae import modeling_videomae
 
 import everest_tokens as et
-from everest_tokens.measuring import videomae_mask
 
 # The kernels of Table 15's stacked embeddings, whose strides they are; all of the encoder's width.
 STACKS = {1: None, 2: [(2, 4, 4), (1, 4, 4)], 3: [(2, 4, 4), (1, 2, 2), (1, 2, 2)]}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everest_tokens.hosts.constant_table import ConstantTable
+from everest_tokens.positions import ConstantTable
 
 TOLERANCE = 0.05  # of what is explained
 TOLERANCE_BYTES = 64e6

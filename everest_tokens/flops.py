@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from everest_tokens.patching import host_of, is_patched, unwrap
-from everest_tokens.selection import SelectionPolicy
-from everest_tokens.selectors import ReRoSelector, TubeSelector
+from everest_tokens.dry_run import counting, on_meta
+from everest_tokens.patching import host_of, is_patched, patch_videomae, unwrap
+from everest_tokens.selection import TokenSelection
+from everest_tokens.selectors import RandomSelector, ReRoSelector, TubeSelector
 
+# Where the parts lie in the hosts' models; all else is the encoder.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "encoder": (),
+    "patch_embedding": (
+        *("embeddings", "videomae.embeddings", "vivit.embeddings", "timesformer.embeddings"),
+        *("encoder.embeddings", "vjepa2.encoder.embeddings", "patch_embed", "encoder.patch_embed"),
+    ),
+    "decoder": ("encoder_to_decoder", "decoder"),
+    "head": ("decoder.head", "classifier", "head", "head_dist", "head_verb", "head_noun", "attn_pool", "pooler"),
+}
 # Multiply–accumulates for each channel of a pair: a·b, and both norms where the distance divides by them.
 _PRODUCTS = {"l2": 1, "l1": 1, "cosine": 3, "cka": 3}
 
@@ -21,11 +34,11 @@ class FlopCount:
     """Multiply–accumulates of one clip's forward. `total / 1e9` is what the paper calls GFLOPs.
 
     Attributes:
-        selection: the distances of Eq. 2.
+        selection: the distances of Eq. 2, and a custom selector's matrix products.
         patch_embedding: the tubelet embedding of the whole clip, of all candidates with a frame sampler.
         encoder: linear layers and attention products of its blocks.
         decoder: encoder_to_decoder and the decoder's blocks; 0 without a decoder.
-        head: the pixel head over the targets, or the classifier.
+        head: the pixel head over the targets, or the classifier with its pooling.
     """
 
     selection: int
@@ -36,55 +49,82 @@ class FlopCount:
 
     @property
     def total(self) -> int:
-        return self.selection + self.patch_embedding + self.encoder + self.decoder + self.head
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
-    """Count one clip's forward as the model would run it, patched or not; a model on the meta device will do.
+    """Count one clip's forward, patched or not, by torch's `FlopCounterMode` over a copy without weights.
+
+    The model is left alone, and may be on the meta device. Products written element by element don't count.
 
     Args:
-        model: a model that `patch_videomae` takes.
+        model: a model that `patch_videomae` takes. Its forward hooks run, with tensors of the meta device.
         num_visible: tokens that reach the encoder. Default: what the model's settings give; for an unpatched
             pre-training model VideoMAE's 90 % tube mask (160 of 1568), for another unpatched one all.
 
     Raises:
-        TypeError: a model that `patch_videomae` doesn't take.
+        TypeError: a model that `patch_videomae` doesn't take, one whose forward needs the values of its weights or
+            pixels, or calls an operator of unknown cost (`torch.utils.flop_counter.register_flop_formula` gives it).
         ValueError: num_visible leaves no visible token, or no target where there must be one.
     """
     root = unwrap(model)
-    shape = host_of(root).shape_of(root)
-    grid = shape.grid
-    candidates, compared = grid, 0
-    visible = target = 0
-    if is_patched(root):
-        policy: SelectionPolicy = root.everest
-        candidates = (policy.num_candidates(grid[0]), *grid[1:])
-        selection = policy.select(torch.empty(1, math.prod(candidates), shape.width, device="meta"), grid)
-        visible, target = selection.visible.shape[1], 0 if selection.target is None else selection.target.shape[1]
-        if isinstance(policy.selector, ReRoSelector):
-            passes = [grid] if policy.frame_sampler is None else [candidates, grid]
-            products = _PRODUCTS.get(policy.selector.settings["distance"], 0)
-            compared = products * sum((t - 1) * h * w * shape.width for t, h, w in passes)
-    elif shape.decoder is None:
-        visible = math.prod(grid)
-    else:
-        visible = TubeSelector(0.1).num_kept(grid)
-        target = math.prod(grid) - visible
-    if num_visible is not None:
-        kept = visible + target
-        most = kept if shape.decoder is None else kept - 1  # a decoder needs a target
-        if not 1 <= num_visible <= most:
-            raise ValueError(f"num_visible must be in 1…{most} ({kept} tokens are kept), got {num_visible}")
-        visible, target = num_visible, target and kept - num_visible
+    host = host_of(root)
+    host.check(root)
+    shape, grid, channels = host.example(root)
+    if num_visible is not None and grid[0] == 1:
+        raise ValueError(
+            f"num_visible={num_visible}: {type(root).__qualname__} runs an image's every token until it is patched"
+        )
+    pretraining = host.task(root) == "pretraining"
+    with counting(root):
+        running = on_meta(root)
+        if not is_patched(root) and (pretraining or num_visible is not None):
+            # Its own forward takes tokens by a boolean mask, which has no values on the meta device.
+            if hasattr(running, "config"):
+                running.config.everest = None
+            patch_videomae(running, RandomSelector(1.0), visible=TubeSelector(0.1) if pretraining else None)
 
-    decoder = 0 if shape.decoder is None else visible * shape.bridge + shape.decoder.macs(visible + target)
-    seen_by_head = target
-    if shape.decoder is None:
-        seen_by_head = visible + (0 if shape.head_drops_prefix else shape.prefix)
-    return FlopCount(
-        selection=compared,
-        patch_embedding=math.prod(candidates) * shape.projection,
-        encoder=shape.encoder.macs(shape.prefix + visible),
-        decoder=decoder,
-        head=seen_by_head * shape.head_per_token + shape.head_per_clip,
-    )
+    given, compared = host.arguments(running), 0
+    if is_patched(running):
+        policy, (_, height, width) = running.everest, grid
+        passes = [grid[0]] if policy.frame_sampler is None else [policy.num_candidates(grid[0]), grid[0]]
+        with counting(root, RuntimeError) as counter:
+            size = (1, passes[0] * height * width, channels)
+            selection = policy.select(torch.empty(size, dtype=torch.float32, device="meta"), grid)
+        given["token_selection"] = selection if num_visible is None else _with_visible(selection, num_visible)
+        products = 0
+        if isinstance(policy.selector, ReRoSelector):
+            products = _PRODUCTS.get(policy.selector.settings["distance"], 0)
+        pairs = sum(steps - 1 for steps in passes) * height * width
+        compared = pairs * channels * products + counter.get_total_flops() // 2
+
+    spent, inside = dict.fromkeys(_PARTS, 0), ["encoder"]
+
+    def hook(part: str | None) -> Callable[..., None]:
+        """Charge what ran to the part that it ran in, then go into the next one, or back out of it."""
+
+        def charge(*_: Any) -> None:
+            spent[inside[-1]] += counter.get_total_flops() // 2 - sum(spent.values())
+            inside.append(part) if part else inside.pop()
+
+        return charge
+
+    with counting(root) as counter:
+        # PEFT's modules_to_save puts the copy that runs where the model's own part was.
+        modules = {re.sub(r"\.modules_to_save\.[^.]+", "", name): module for name, module in running.named_modules()}
+        for part, path in ((part, path) for part, paths in _PARTS.items() for path in paths if path in modules):
+            modules[path].register_forward_pre_hook(hook(part))
+            modules[path].register_forward_hook(hook(None))
+        running(torch.empty(shape, dtype=torch.float32, device="meta"), **given)
+        hook(None)()
+    return FlopCount(compared, **spent)
+
+
+def _with_visible(selection: TokenSelection, num_visible: int) -> TokenSelection:
+    """A selection of as many tokens of which `num_visible` are visible: which ones costs the same."""
+    kept = selection.kept
+    most = kept.shape[1] - (selection.target is not None)  # a decoder needs a target
+    if not isinstance(num_visible, int) or not 1 <= num_visible <= most:
+        raise ValueError(f"num_visible must be in 1…{most} ({kept.shape[1]} tokens are kept), got {num_visible}")
+    target = None if selection.target is None else kept[:, num_visible:]
+    return replace(selection, visible=kept[:, :num_visible], target=target)

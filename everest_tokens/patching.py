@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.hosts import checkpoint_numbers, timm_vit, transformers_videomae, videomae_family
+from everest_tokens.hosts import base
+from everest_tokens.hosts.base import Host, Snapshot
 from everest_tokens.hosts.patch_options import PatchOptions
-from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, frame_sampler_from, selector_from
+from everest_tokens.hosts.timm_vit import TimmViT
+from everest_tokens.hosts.transformers_encoders import VJEPA2, Timesformer, Vivit
+from everest_tokens.hosts.transformers_videomae import TransformersVideoMAE
+from everest_tokens.hosts.trial_run import trial_run
+from everest_tokens.hosts.videomae_family import VideoMAEFamily
+from everest_tokens.policy import LiveSettings, SelectionPolicy, frame_sampler_from, selector_from
+from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import ReRoSelector, Selector
 
 logger = logging.getLogger(__name__)
@@ -19,7 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # A float of its own identity: 0.9 that a caller passes must win over a recorded value, this default must not.
 _MASK_RATIO = float("0.9")
-_HOSTS = (transformers_videomae, timm_vit, videomae_family)
+_HOSTS: tuple[Host, ...] = (TransformersVideoMAE(), VJEPA2(), Vivit(), Timesformer(), TimmViT(), VideoMAEFamily())
 _SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
 _KEEP_RATIO = {"pretraining": 0.3, "encoder": 0.6}  # ρ_pre of Tables 7 and 8
 
@@ -43,13 +50,14 @@ def patch_videomae(
     timm model's patch projection becomes a new, 5-D parameter). Patching a patched model replaces the first patch. A
     setting of the selection that is not given (None, for all but `mask_ratio`) is taken from the patch before, or from
     `config.everest`, where a folder saved from a patched model of the same task keeps it, else it is the paper's
-    default. `model.everest.frame_sampler = None` takes a restored sampler out. A model runs one forward at a time:
-    threads need copies.
+    default. `model.everest.frame_sampler = None` takes a restored sampler out. Several threads may run one model. A
+    model whose forward can't run over fewer tokens is refused, and left as it was: patching ends with a forward of a
+    copy without weights (0.2 CPU-seconds for ViT-L).
 
     Args:
-        model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel; a model of the
-            VideoMAE family's own repositories; a timm VisionTransformer or Eva. PEFT, DDP and compiled wrappers are
-            looked through.
+        model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel, its V-JEPA 2
+            (without the predictor), ViViT, or TimeSformer with joint attention; a model of the VideoMAE family's own
+            repositories; a timm VisionTransformer or Eva. PEFT, DDP and compiled wrappers are looked through.
         selector: (tokens (B, N, D), grid (t, h, w)) → kept (B, K) int64. Default: `ReRoSelector` with ρ_pre = 0.3 for a
             model with a pixel decoder, 0.6 for the others.
         mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ of the kept tokens are visible, 1 − ρ_pre·ρ_post of the paper.
@@ -72,15 +80,17 @@ def patch_videomae(
     root = unwrap(model)
     _refuse_sharded(root, "patch_videomae")
     host = host_of(root)
-    host.check_patchable(root)
+    host.check(root)
+    _refuse_parts(root)
     _refuse_prepared(root)
     if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
     options = PatchOptions(drop_path, num_frames, tubelet_size, temporal_embedding, fused_attention)
-    if host is timm_vit and not timm_vit.keeps_projection(root, options):
+    options.refuse_others(host.patchable, *host.options)
+    if host.replaces_parameters(root, options):
         _refuse_ddp(model, "patch_videomae")
 
-    task = host.task_of(root)
+    task = host.task(root)
     recorded, numbers = _recorded(root, task)
     if recorded and not all(isinstance(recorded[key], (dict, type(None))) for key in _SELECTION_KEYS - {"mask_ratio"}):
         raise ValueError(f"config.everest can't be read: {recorded}: delete it to start from the defaults")
@@ -92,24 +102,33 @@ def patch_videomae(
         visible = selector_from(recorded["visible"], "visible")
     if frame_sampler is None and recorded and recorded["frame_sampler"]:
         frame_sampler = frame_sampler_from(recorded["frame_sampler"])
-    if is_patched(root) and host is transformers_videomae:  # a live model's own win over what was recorded
-        numbers = checkpoint_numbers.numbers_of(root)
+    if is_patched(root):  # a live model's own win over what was recorded
+        numbers = host.numbers(root)
     policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
     policy.settings.update(numbers)
-    policy.check(host.model_grid(root, options))
+    policy.check(host.grid(root, options))
 
-    if is_patched(root):
-        host.detach(root, options)
-    host.attach(root, policy, options)
+    before = Snapshot(root)
+    try:
+        if is_patched(root):
+            host.check_detachable(root)
+            base.detach(host, root, options)
+        base.attach(host, root, policy, options)
+        trial_run(host, root)
+    except BaseException:
+        before.restore()
+        raise
     return model
 
 
-def host_of(root: nn.Module) -> Any:
-    """The module of `hosts` that knows this kind of model. Raises TypeError for a model that no host knows."""
+def host_of(root: nn.Module) -> Host:
+    """The host that knows this kind of model. Raises TypeError for a model that no host knows."""
+    if is_patched(root):
+        return root.everest.host  # type: ignore[union-attr, return-value]
     for host in _HOSTS:
         if isinstance(root, nn.Module) and host.recognises(root):
             return host
-    patchable = "; ".join(host.PATCHABLE for host in _HOSTS)
+    patchable = "; ".join(host.patchable for host in _HOSTS)
     raise TypeError(f"cannot patch {type(root).__qualname__}; patchable are {patchable}")
 
 
@@ -123,9 +142,11 @@ def unpatch_videomae(model: Model) -> Model:
     """
     root = _patched(model)
     _refuse_sharded(root, "unpatch_videomae")
-    if host_of(root) is timm_vit:
+    host = host_of(root)
+    if host.replaces_parameters(root, None):
         _refuse_ddp(model, "unpatch_videomae")
-    host_of(root).detach(root, None)
+    host.check_detachable(root)
+    base.detach(host, root, None)
     return model
 
 
@@ -148,14 +169,16 @@ def select_tokens(
     root = _patched(model)
     _refuse_sharded(root, "select_tokens")
     with torch.no_grad():
-        selection = host_of(root).select(root, pixel_values, generator)
+        selection = base.select(root, pixel_values, generator)
     # Autocast caches the weights it casts: cast under no_grad they would get no gradient in a forward that follows.
     torch.clear_autocast_cache()
     return selection
 
 
-def is_patched(root: nn.Module) -> bool:
-    return isinstance(getattr(root, "everest", None), SelectionPolicy)
+def is_patched(root: Any) -> bool:
+    """Whether `root` is the model that was patched, no part of one."""
+    policy = getattr(root, "everest", None)
+    return isinstance(policy, SelectionPolicy) and policy.root is root
 
 
 def _patched(model: nn.Module) -> Any:
@@ -188,13 +211,23 @@ def _refuse_ddp(model: Any, function: str) -> None:
         )
 
 
+def _refuse_parts(root: nn.Module) -> None:
+    """A model has one policy: neither may a part of a patched model be patched, nor a model with a patched part."""
+    for name, module in root.named_modules():
+        policy = module.__dict__.get("everest")
+        if isinstance(policy, SelectionPolicy) and policy.root is not root:
+            part = f"its part {name}" if name else "this model, or the model that it is part of,"
+            raise TypeError(f"{part} is patched already: unpatch that first")
+
+
 def _refuse_prepared(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if "forward" in module.__dict__:
             where = name or type(root).__qualname__
-            raise TypeError(
-                f"{where} has an instance-level forward (prepared by accelerate?): call patch_videomae before that"
-            )
+            how = "call patch_videomae before accelerate.prepare"
+            if hasattr(module, "_hf_hook"):
+                how = "load it without device_map, call patch_videomae, then accelerate's dispatch_model"
+            raise TypeError(f"{where} has an instance-level forward, which a patch would not reach: {how}")
 
 
 def _refuse_sharded(root: Any, function: str) -> None:

@@ -1,4 +1,4 @@
-"""Fixed position tables of the VideoMAE family, and how its repositories resample a stored one."""
+"""Fixed tables that models of the family add to their tokens: how they are computed, resampled and kept on a device."""
 
 from __future__ import annotations
 
@@ -6,44 +6,76 @@ import math
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
-from everest_tokens.selectors import Grid
+from everest_tokens.tubelets import Grid
+
+
+class ConstantTable:
+    """Hold a constant tensor and its copies on the devices in use: each is copied there once, not at every step.
+
+    Not a buffer: buffers follow the model's dtype, DDP broadcasts them at every step, and they add to what a model
+    reports as its own. Copying from the host at every forward instead would stall an accelerator.
+    """
+
+    def __init__(self, value: Tensor, device: torch.device) -> None:
+        self.value = value.detach()
+        self._copies = {device: self.value.to(device)}
+
+    def to(self, device: torch.device) -> Tensor:
+        """Give the constant on `device`."""
+        if device in self._copies:
+            return self._copies[device]
+        copy = self.value.to(device)
+        if not torch.compiler.is_compiling():  # a graph must not keep what it computes
+            self._copies[device] = copy
+        return copy
+
+    def follow(self, module: nn.Module) -> None:
+        """Copy the constant to where a module's parameters are, if it has any of its own (FSDP may have taken them)."""
+        for parameter in module.parameters():
+            self.to(parameter.device)
+            return
 
 
 def sinusoid_table(tokens: int, width: int) -> Tensor:
-    """VideoMAE's, over the flat index of the token: even channels sin, odd channels cos. (tokens, width) float32."""
-    channel = torch.arange(width, dtype=torch.float64)
-    frequency = 10000 ** (-2 * (channel // 2) / width)
-    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * frequency
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+    """Compute VideoMAE's, over the flat index of the token, (tokens, width) float32.
+
+    Channels 2i and 2i + 1 are the sine and the cosine of index · 10000^(−2i/width).
+    """
+    frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    angle = torch.arange(tokens, dtype=torch.float64, device="cpu")[:, None] * frequency
+    table = torch.empty(tokens, width, dtype=torch.float32, device="cpu")
+    table[:, 0::2] = angle.sin()
+    table[:, 1::2] = angle[:, : width // 2].cos_()
+    return table
 
 
 def sincos_table(positions: int, width: int) -> Tensor:
-    """[sin(p·ω), cos(p·ω)] with ω_i = 10000^(−i/(width/2)), i < width/2. (positions, width) float32."""
+    """Compute [sin(p·ω), cos(p·ω)] with ω_i = 10000^(−i/(width/2)), i < width/2, (positions, width) float32."""
     if width % 2:
         raise ValueError(f"a sin-cos table needs an even width, got {width}")
-    frequency = 10000 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    frequency = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2))
+    angle = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
 def mvd_table(grid: Grid, width: int) -> Tensor:
-    """MVD's: a quarter of the channels for the time step, the others for column and row. (N, width) float32."""
+    """Compute MVD's, a quarter of the channels for the time step, the others for column and row, (N, width) float32."""
     if width % 16:  # quarters and eighths of it are halved once more
         raise ValueError(f"MVD's position table needs a width divisible by 16, got {width}")
     t, h, w = grid
-    time, across, down = width // 4, 3 * width // 8, 3 * width // 8
+    time, place = width // 4, 3 * width // 8
     parts = [
         repeat(sincos_table(t, time), "t d -> (t h w) d", h=h, w=w),
-        repeat(sincos_table(w, across), "w d -> (t h w) d", t=t, h=h),
-        repeat(sincos_table(h, down), "h d -> (t h w) d", t=t, w=w),
+        repeat(sincos_table(w, place), "w d -> (t h w) d", t=t, h=h),
+        repeat(sincos_table(h, place), "h d -> (t h w) d", t=t, w=w),
     ]
     return torch.cat(parts, dim=1)
 
 
 def resample_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """A stored table (old N, D) for another grid, (new N, D): places bicubic in each time step, then time linear."""
+    """Resample a table (old N, D) for another grid, (new N, D): places bicubic in each time step, then time linear."""
     if math.prod(old) != table.shape[0]:
         raise ValueError(f"a position table for grid {old} has {math.prod(old)} rows, got {table.shape[0]}")
     if old[1:] != new[1:]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.distances import DISTANCES, Distance
+from everest_tokens.tubelets import Grid
 
-Grid = tuple[int, int, int]
 Selector = Callable[[Tensor, Grid], Tensor]
 
 

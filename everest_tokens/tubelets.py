@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 
-from everest_tokens.selectors import Grid
+Grid = tuple[int, int, int]  # (t, h, w): time steps, rows and columns of tokens; positions run t-major
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ def unfold_tubelets(pixels: Tensor, size: TubeletSize) -> Tensor:
 
 
 def _as_autocast(pixels: Tensor) -> Tensor:
-    """What autocast would make of a product's operand; it leaves float64 alone and knows not every device."""
-    device = pixels.device.type
-    if pixels.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    """What autocast would make of a product's operand; it leaves float64 alone and doesn't know the meta device."""
+    if pixels.dtype == torch.float64 or pixels.is_meta:
         return pixels
+    device = pixels.device.type
     return pixels.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else pixels
 
 
@@ -88,6 +90,8 @@ class _KnownProjection(torch.autograd.Function):
     The clip was embedded once, without grad, to score its tokens. Embedding the visible ones again would cost a second
     product, embedding the clip with grad a weight gradient over every token; this costs neither.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(embedded: Tensor, index: Tensor, patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,35 +121,46 @@ class _KnownProjection(torch.autograd.Function):
 def only_tiles(module: nn.Module, size: TubeletSize) -> bool:
     """Whether a module is exactly an nn.Conv3d that embeds each tubelet by itself, and whose call does nothing else.
 
-    Then kernel and stride are the tubelet, and nothing is padded, dilated or grouped. An adapter (LoRA), a
-    parametrisation or an FSDP unit is of another type or wraps it; hooks and an instance-level forward may change what
-    goes in or comes out.
+    An nn.Conv2d does for tubelets of one frame. Then kernel and stride are the tubelet, and nothing is padded, dilated
+    or grouped. An adapter (LoRA), a parametrisation or an FSDP unit is of another type or wraps it; hooks and an
+    instance-level forward may change what goes in or comes out.
     """
+    kernel: tuple[int, ...] = (size.frames, size.height, size.width)
+    if type(module) is nn.Conv2d and size.frames == 1:
+        kernel = kernel[1:]
+    elif type(module) is not nn.Conv3d:
+        return False
     return (
-        type(module) is nn.Conv3d
-        and is_unhooked(module)
-        and module.kernel_size == module.stride == (size.frames, size.height, size.width)
-        and module.padding in ((0, 0, 0), "valid")
-        and module.dilation == (1, 1, 1)
+        is_unhooked(module)
+        and module.kernel_size == module.stride == kernel
+        and module.padding in ((0,) * len(kernel), "valid")
+        and module.dilation == (1,) * len(kernel)
         and module.groups == 1
     )
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward alone."""
+    """Whether calling the module runs its class's forward alone, no hook of its own nor one on every module."""
     return "forward" not in module.__dict__ and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
     )
 
 
-def embed_tubelets(tubelets: Tensor, projection: nn.Conv3d) -> Tensor:
+def embed_tubelets(tubelets: Tensor, projection: nn.Conv3d | nn.Conv2d) -> Tensor:
     """Embed unfolded tubelets as one product, without grad: to score them, and to take the chosen ones from.
 
     cuDNN has no good kernel for a convolution whose stride is its kernel: on a GPU the product is 9 times as fast.
 
     Args:
         tubelets: (B, N, C·frames·height·width), of `unfold_tubelets`.
-        projection: the Conv3d that `only_tiles`.
+        projection: the convolution that `only_tiles`.
 
     Returns:
         (B, N, D).
@@ -156,14 +171,14 @@ def embed_tubelets(tubelets: Tensor, projection: nn.Conv3d) -> Tensor:
     return nn.functional.linear(tubelets.detach(), projection.weight.detach().flatten(1), bias)
 
 
-def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: nn.Conv3d) -> Tensor:
+def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: nn.Conv3d | nn.Conv2d) -> Tensor:
     """The embeddings of the chosen tubelets, with the gradient that embedding them alone would give.
 
     Args:
         embedded: (B, N, D), of `embed_tubelets`.
         tubelets: (B, N, C·frames·height·width), what it embedded.
         index: (B, M) int64, positions in the clip's grid.
-        projection: the Conv3d that `only_tiles`.
+        projection: the convolution that `only_tiles`.
 
     Returns:
         (B, M, D). Its backward sees the chosen tubelets' pixels and no others.
@@ -174,4 +189,8 @@ def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: 
     # Indexed, because `gather` would keep all tubelets until backward where the pixels want a gradient; in autocast's
     # dtype, so that what is saved is as small as autocast makes it.
     patches = tubelets[torch.arange(index.shape[0], device=index.device).unsqueeze(1), index]
+    # A trace can't be saved with a function of Python's in it, and one with a rule for forward mode can't be compiled.
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if torch.jit.is_tracing() or forward_mode:
+        return nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
     return _KnownProjection.apply(embedded, index, patches, projection.weight, projection.bias)

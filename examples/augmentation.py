@@ -272,7 +272,7 @@ class BatchAugmentation(nn.Module):
         Args:
             pixel_values: uint8 (B, T, 3, S, S); this module moves to their device.
             labels: int64 (B,), or None.
-            training: erase and mix; otherwise only normalise, as `everest_tokens.video.clip_transform` does.
+            training: erase and mix; otherwise only normalise, as `everest_tokens.video.load_clip` does.
             generator: a CPU generator that all randomness comes from. By default torch's own (of the CPU, whatever the
                 device), whose state Trainer's checkpoints keep.
 
@@ -292,7 +292,7 @@ class BatchAugmentation(nn.Module):
 
         if self.mean.device != pixel_values.device:
             self.to(pixel_values.device)
-        # The operations of clip_transform, one by one and in place, to give the very same numbers.
+        # The operations of load_clip, one by one and in place, to give the very same numbers.
         clips = functional.to_dtype(pixel_values, torch.float32, scale=True).sub_(self.mean).div_(self.std)
         if mixing or (training and self.erasing):
             with _drawing_from(generator):

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from decoding import read_frames
 from torch import Tensor
 from torch.utils.data import Dataset
 from video_list import Entry
 
-from everest_tokens.video import dense_indices, read_frames
+from everest_tokens.video import dense_indices
 
 # A video is unreadable where more than this share of the frames asked for doesn't decode; below it, each of them
 # repeats the frame before.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, set_seed
 
-from everest_tokens.hosts.checkpoint_numbers import TENSORS_FILE
+from everest_tokens.numerics import TENSORS_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -108,7 +108,7 @@ class Attention(nn.Module):
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head dim)
-        if isinstance(self.scale, nn.Parameter):
+        if isinstance(self.scale, Tensor):  # a parameter, which torch.func hands in as a tensor
             logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.scale.clamp(max=math.log(100)).exp()
         else:
             logits = q * self.scale @ k.mT

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import io
 import json
 import logging
 import pickle
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_case import structure
 from torch import Tensor, nn
 from transformers import (
     VideoMAEConfig,
@@ -25,6 +25,7 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers.models.videomae import modeling_videomae
+from versions import needs_argument, set_attention
 
 import everest_tokens as et
 
@@ -58,23 +59,6 @@ class WithBuffer(nn.Module):
 
     def forward(self, tokens, grid):
         return first_half(tokens, grid)
-
-
-def everything(model: Any) -> dict[str, tuple[type, dict[str, Any]]]:
-    """Every module's class and attributes, hook dictionaries included, as comparable values."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return ("tensor", id(value))
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return value if isinstance(value, (int, float, str, set, type(None))) else ("object", id(value))
-
-    found = {name: (type(module), plain(vars(module))) for name, module in model.named_modules()}
-    found["config"] = (type(model.config), plain(vars(model.config)))
-    return found
 
 
 def kept_of(model: Any, clips: Tensor) -> int:
@@ -120,43 +104,10 @@ class TestDefaults:
 
 class TestInvisibility:
     @pytest.mark.parametrize("cls", CLASSES)
-    @pytest.mark.parametrize("drop_path", [0.0, 0.3])
-    def test_what_the_ecosystem_sees_stays(self, make_model, cls, drop_path):
-        plain = make_model(cls)
-        patched = et.patch_videomae(copy.deepcopy(plain), drop_path=drop_path)
-        for listed in ("named_parameters", "named_buffers"):
-            before, after = list(getattr(plain, listed)()), list(getattr(patched, listed)())
-            assert [name for name, _ in after] == [name for name, _ in before]
-            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(after, before, strict=True))
-        assert list(patched.state_dict()) == list(plain.state_dict())
-        assert isinstance(patched, cls)
-        assert type(patched).__name__ == cls.__name__
-        assert type(patched.config) is VideoMAEConfig
-        assert (
-            inspect.signature(patched.forward).parameters.keys() == inspect.signature(plain.forward).parameters.keys()
-        )
-        assert patched.main_input_name == plain.main_input_name
-        for name, module in patched.named_modules():
-            if drop_path and name.endswith("dropout"):
-                continue
-            if "dropout." not in name:
-                assert type(module).__name__ == type(plain.get_submodule(name)).__name__
-                assert isinstance(module, type(plain.get_submodule(name)))
-        for module in (getattr(patched, "videomae", patched), getattr(patched, "videomae", patched).encoder.layer[0]):
-            assert type(module).__module__ == modeling_videomae.__name__  # their class captures outputs
-
-    def test_swapped_classes_are_importable(self, make_model):
-        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
-        for module in (model, model.videomae.embeddings):
-            cls = type(module)
-            found = getattr(__import__(cls.__module__, fromlist=[cls.__name__]), cls.__qualname__)
-            assert found is cls
-
-    @pytest.mark.parametrize("cls", CLASSES)
     @pytest.mark.parametrize("return_dict", [True, False])
     def test_outputs_have_the_same_class_and_fields(self, make_model, make_clips, cls, return_dict):
         plain = make_model(cls)
-        plain.set_attn_implementation("eager")
+        set_attention(plain, "eager")
         patched = et.patch_videomae(copy.deepcopy(plain))
         clips = make_clips(plain)
         kwargs = {"output_hidden_states": True, "output_attentions": True, "return_dict": return_dict}
@@ -177,54 +128,32 @@ class TestInvisibility:
         assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["VideoMAEForPreTraining"]
 
     def test_num_items_in_batch_reaches_the_loss(self, make_model, make_clips, same_to_rounding):
+        needs_argument(VideoMAEForVideoClassification, "num_items_in_batch")
         plain = make_model(VideoMAEForVideoClassification)
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
         kwargs = {"labels": torch.tensor([0, 1]), "num_items_in_batch": torch.tensor(7)}
-        same_to_rounding(patched(make_clips(plain), **kwargs).loss, plain(make_clips(plain), **kwargs).loss)
         clips = make_clips(plain)
+        torch.testing.assert_close(patched(clips, **kwargs).loss, plain(clips, **kwargs).loss)
         given = et.select_tokens(patched, clips)
-        same_to_rounding(patched(clips, **kwargs, token_selection=given).loss, plain(clips, **kwargs).loss)
+        loss = patched(clips, **kwargs, token_selection=given).loss
+        torch.testing.assert_close(loss, plain(clips, **kwargs).loss)
 
 
 class TestCopies:
-    @staticmethod
-    def pickled(model: Any) -> Any:
-        return pickle.loads(pickle.dumps(model))
-
-    @staticmethod
-    def saved(model: Any) -> Any:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        return torch.load(buffer, weights_only=False)
-
-    @pytest.mark.parametrize("duplicate", ["deepcopy", "pickled", "saved"])
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     @pytest.mark.parametrize("cls", CLASSES)
-    def test_a_copy_works_and_is_independent(self, make_model, make_clips, cls, duplicate):
-        model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5), drop_path=0.1)
-        twin = copy.deepcopy(model) if duplicate == "deepcopy" else getattr(self, duplicate)(model)
-        clips = make_clips(model)
-        selection = et.select_tokens(model, clips)
-        expected = model(clips, token_selection=selection)[0]
-        assert torch.equal(twin(clips, token_selection=selection)[0], expected)
+    def test_each_has_its_own_record(self, make_model, cls, duplicate):
+        model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5))
+        twin = duplicate(model)
         assert twin.config.everest == model.config.everest
-
         twin.everest.selector.keep_ratio = 0.75
-        assert (kept_of(twin, clips), kept_of(model, clips)) == (36, 24)
-        assert twin.config.everest["selector"]["keep_ratio"] == 0.75
-        assert model.config.everest["selector"]["keep_ratio"] == 0.5
         twin.everest.mask_ratio = 0.6
-        assert (twin.config.everest["mask_ratio"], model.config.everest["mask_ratio"]) == (0.6, 0.9)
-
+        for each, keep_ratio, mask_ratio in ((twin, 0.75, 0.6), (model, 0.5, 0.9)):
+            assert each.config.everest["selector"]["keep_ratio"] == keep_ratio
+            assert each.config.everest["mask_ratio"] == mask_ratio
         et.unpatch_videomae(twin)
         assert not hasattr(twin.config, "everest")
-        assert type(twin) is cls
-        mask = torch.arange(48).expand(2, -1) % 2 == 0
-        reference = make_model(cls)(clips, bool_masked_pos=mask)[0]
-        assert torch.equal(twin(clips, bool_masked_pos=mask)[0], reference)
-        assert torch.equal(model(clips, token_selection=selection)[0], expected)  # the original still selects
-        et.unpatch_videomae(model)
-        assert torch.equal(model(clips, bool_masked_pos=mask)[0], reference)
+        assert hasattr(model.config, "everest")
 
     def test_a_copy_of_a_config_restores_as_a_folder_does(self, make_model, make_clips):
         model = et.patch_videomae(make_model(VideoMAEForVideoClassification), et.ReRoSelector(0.25))
@@ -330,17 +259,6 @@ class TestSaving:
         assert not hasattr(model, "everest")
 
     @pytest.mark.parametrize("cls", CLASSES)
-    def test_a_folder_loads_in_plain_transformers(self, make_model, make_clips, tmp_path, cls):
-        plain = make_model(cls)
-        et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.5), drop_path=0.2).save_pretrained(tmp_path)
-        loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        mask = torch.arange(48).expand(2, -1) % 2 == 0
-        clips = make_clips(plain)
-        assert torch.equal(loaded(clips, bool_masked_pos=mask)[0], plain(clips, bool_masked_pos=mask)[0])
-
-    @pytest.mark.parametrize("cls", CLASSES)
     def test_repatching_restores_the_settings(self, make_model, make_clips, tmp_path, cls, caplog):
         visible = {"visible": et.ReRoSelector(0.25, distance="cosine", descending=False)}
         settings = {} if cls is not VideoMAEForPreTraining else visible
@@ -425,10 +343,10 @@ class TestSaving:
         }[kind]
         et.patch_videomae(make_model(VideoMAEForPreTraining), **arguments).save_pretrained(tmp_path)
         model = VideoMAEForPreTraining.from_pretrained(tmp_path)
-        before = everything(model)
+        before = structure(model)
         with pytest.raises(ValueError, match="visible" if kind == "visible" else "selector"):
             et.patch_videomae(model)
-        assert everything(model) == before
+        assert structure(model) == before
         et.patch_videomae(model, **arguments)
         assert kept_of(model, make_clips(model)) == (48 if kind == "visible" else 24)
 
@@ -461,96 +379,19 @@ class TestSaving:
 
 
 class TestUnpatching:
-    @pytest.mark.parametrize("cls", CLASSES)
-    @pytest.mark.parametrize("times", [1, 2])
-    @pytest.mark.parametrize("used", [True, False])
-    @pytest.mark.filterwarnings("ignore:bool_masked_pos")
-    def test_leaves_nothing(self, make_model, make_clips, cls, times, used):
-        model = make_model(cls)
-        clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
-        kwargs = {"bool_masked_pos": mask, "output_hidden_states": True}
-        expected, before = model(clips, **kwargs), everything(model)
-        signature = inspect.signature(model.forward)
-        for _ in range(times):
-            et.patch_videomae(model, et.ReRoSelector(0.5), drop_path=0.4)
-        assert everything(model) != before
-        if used:
-            selection = et.select_tokens(model, clips)
-            model(clips, bool_masked_pos=mask)
-            model(clips, token_selection=selection)
-            model.train()
-            model(clips)
-            model.eval()
-        assert et.unpatch_videomae(model) is model
-        assert everything(model) == before
-        assert not hasattr(model.config, "everest")
-        assert not hasattr(model, "everest")
-        assert inspect.signature(model.forward) == signature
-        actual = model(clips, **kwargs)
-        assert torch.equal(actual[0], expected[0])
-        assert all(map(torch.equal, actual.hidden_states, expected.hidden_states))
-
     def test_training_mode_is_kept(self, make_model):
         model = et.patch_videomae(make_model(VideoMAEForVideoClassification).train(), drop_path=0.3)
         assert all(module.training for module in model.modules())
         et.unpatch_videomae(model.eval())
         assert not any(module.training for module in model.modules())
 
-    def test_trained_weights_stay(self, make_model, make_clips):
-        model = et.patch_videomae(make_model(VideoMAEForVideoClassification))
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-        model(make_clips(model), labels=torch.tensor([0, 1])).loss.backward()
-        optimiser.step()
-        trained = {name: value.clone() for name, value in model.state_dict().items()}
-        et.unpatch_videomae(model)
-        assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
-        assert not torch.equal(trained["classifier.weight"], before["classifier.weight"])
-
-    def test_other_hooks_stay(self, make_model, make_clips):
-        model, seen = make_model(VideoMAEForVideoClassification), []
-        handle = model.videomae.register_forward_pre_hook(lambda module, args: seen.append("pre"))
-        et.patch_videomae(model)
-        model.videomae.register_forward_hook(lambda module, args, output: seen.append("post"))
-        et.unpatch_videomae(model)
-        model(make_clips(model))
-        assert seen == ["pre", "post"]
-        handle.remove()
-
-    @pytest.mark.parametrize("call", [et.unpatch_videomae, lambda model: et.select_tokens(model, torch.zeros(1))])
-    def test_an_unpatched_model(self, make_model, call):
-        with pytest.raises(ValueError, match="not patched"):
-            call(make_model(VideoMAEModel))
-
-    def test_twice(self, make_model):
-        model = et.unpatch_videomae(et.patch_videomae(make_model(VideoMAEModel)))
-        with pytest.raises(ValueError, match="not patched"):
-            et.unpatch_videomae(model)
-
 
 class TestPatchingTwice:
-    def test_replaces_the_first(self, make_model, make_clips):
-        model = make_model(VideoMAEForVideoClassification)
-        reference = make_model(VideoMAEForVideoClassification)
-        et.patch_videomae(model, et.RandomSelector(0.25), drop_path=0.5)
-        first = model.everest
-        et.patch_videomae(model, et.ReRoSelector(0.5))
-        assert kept_of(model, make_clips(model)) == 24
-        assert model.everest is not first
-        first.selector.keep_ratio = 0.75  # the old handle is dead
-        assert kept_of(model, make_clips(model)) == 24
-        assert model.config.everest["selector"]["keep_ratio"] == 0.5
-        assert len(model.videomae._forward_pre_hooks) == 1
-        et.patch_videomae(reference, et.ReRoSelector(0.5))
-        torch.manual_seed(0)
-        actual = model.train()(make_clips(model)).logits
-        assert torch.equal(actual, reference.train()(make_clips(model)).logits)  # no drop path left
-
     @pytest.mark.parametrize("order", [("videomae", ""), ("", "videomae")], ids=["backbone first", "whole first"])
     def test_a_model_and_its_own_backbone(self, make_model, make_clips, order):
         model = make_model(VideoMAEForVideoClassification)
         clips = make_clips(model)
-        expected, before = model(clips).logits, everything(model)
+        expected, before = model(clips).logits, structure(model)
         parts = [model.get_submodule(name) for name in order]
         try:
             for part, keep_ratio in zip(parts, (0.25, 0.5), strict=True):
@@ -560,41 +401,19 @@ class TestPatchingTwice:
         else:
             assert kept_of(parts[1], clips) == 24
             et.unpatch_videomae(parts[1])
-        assert everything(model) == before
+        assert structure(model) == before
         assert torch.equal(model(clips).logits, expected)
-
-    @pytest.mark.parametrize(
-        ("arguments", "error"),
-        [
-            ({"selector": 3}, TypeError),
-            ({"selector": WithParameter()}, TypeError),
-            ({"drop_path": 1.0}, ValueError),
-            ({"mask_ratio": 0.99}, ValueError),
-            ({"frame_sampler": 1.5}, TypeError),
-            ({"frame_sampler": et.InfoFrameSampler(1.1)}, ValueError),
-        ],
-    )
-    @pytest.mark.parametrize("patched", [True, False])
-    def test_a_failure_changes_nothing(self, make_model, arguments, error, patched):
-        model = make_model(VideoMAEForPreTraining)
-        if patched:
-            et.patch_videomae(model, et.ReRoSelector(0.5), drop_path=0.2)
-        before, recorded = everything(model), copy.deepcopy(getattr(model.config, "everest", None))
-        with pytest.raises(error):
-            et.patch_videomae(model, **arguments)
-        assert everything(model) == before
-        assert getattr(model.config, "everest", None) == recorded
 
     def test_a_warning_made_an_error_changes_nothing(self, make_model):
         model = make_model(VideoMAEForVideoClassification, use_mean_pooling=False)
-        before = everything(model)
+        before = structure(model)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(UserWarning, match="use_mean_pooling"):
                 et.patch_videomae(model)
         with contextlib.suppress(ValueError):  # either nothing happened, or it is patched and can be undone
             et.unpatch_videomae(model)
-        assert everything(model) == before
+        assert structure(model) == before
 
 
 class TestWarnings:
@@ -604,6 +423,7 @@ class TestWarnings:
         + [(VideoMAEForPreTraining, "positional"), (VideoMAEModel, "positional")],  # a classifier's second is labels
     )
     def test_bool_masked_pos_is_ignored_with_one_warning(self, make_model, make_clips, cls, how):
+        needs_argument(cls, "bool_masked_pos")
         model = et.patch_videomae(make_model(cls))
         clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
         torch.manual_seed(0)
@@ -619,6 +439,7 @@ class TestWarnings:
 
     @pytest.mark.parametrize("cls", CLASSES)
     def test_a_given_selection_wins_over_bool_masked_pos(self, make_model, make_clips, cls):
+        needs_argument(cls, "bool_masked_pos")
         model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5))
         clips, mask = make_clips(model), torch.arange(48).expand(2, -1) % 2 == 0
         selection = et.select_tokens(model, clips)
@@ -781,102 +602,6 @@ class TestRefusals:
         assert kept_of(first, make_clips(first)) == 12
 
 
-def shape_like(model: Any, **changes: int) -> tuple[int, ...]:
-    sizes = {"batch": 2, "frames": 8, "channels": 3, "height": 48, "width": 64}
-    return tuple((sizes | changes).values())
-
-
-class TestBadInput:
-    @pytest.mark.parametrize("cls", CLASSES)
-    @pytest.mark.parametrize(
-        ("shape", "numbers"),
-        [
-            ((8, 3, 48, 64), "8, 3, 48, 64"),
-            ((48,), "48"),
-            ((1, 2, 8, 3, 48, 64), "1, 2, 8, 3, 48, 64"),
-            ((2, 16, 3, 48, 64), "2, 16, 3, 48, 64"),
-            ((2, 7, 3, 48, 64), "2, 7, 3, 48, 64"),
-            ((2, 0, 3, 48, 64), "2, 0, 3, 48, 64"),
-            ((2, 8, 1, 48, 64), "2, 8, 1, 48, 64"),
-            ((2, 3, 8, 48, 64), "2, 3, 8, 48, 64"),  # channels first
-            ((2, 8, 3, 64, 48), "2, 8, 3, 64, 48"),
-            ((2, 8, 3, 48, 63), "2, 8, 3, 48, 63"),
-        ],
-    )
-    def test_shapes(self, make_model, cls, shape, numbers):
-        model = et.patch_videomae(make_model(cls))
-        for call in (model, lambda clips: et.select_tokens(model, clips)):
-            with pytest.raises(ValueError, match=rf"8, 3, 48, 64.*\({numbers}") as error:
-                call(torch.zeros(shape))
-            assert "got" in str(error.value)
-
-    @pytest.mark.parametrize("cls", CLASSES)
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-    def test_integer_pixels(self, make_model, make_clips, cls, dtype):
-        model = et.patch_videomae(make_model(cls))
-        for call in (model, lambda clips: et.select_tokens(model, clips)):
-            with pytest.raises(ValueError, match=r"float.*(uint8|int64|bool)"):
-                call(make_clips(model).to(dtype))
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_frames_with_and_without_a_sampler(self, make_model, make_clips, training):
-        model = make_model(VideoMAEForVideoClassification).train(training)
-        et.patch_videomae(model, frame_sampler=et.InfoFrameSampler(1.5))
-        assert model(make_clips(model, frames=12)).logits.shape == (2, 5)
-        for wrong in (8, 11, 13, 16):
-            with pytest.raises(ValueError, match=rf"\b12\b.*\b{wrong}\b"):
-                model(make_clips(model, frames=wrong))
-        model.everest.frame_sampler = None
-        assert model(make_clips(model)).logits.shape == (2, 5)
-        with pytest.raises(ValueError, match=r"\b8\b.*\b12\b"):
-            model(make_clips(model, frames=12))
-
-    @pytest.mark.parametrize("cls", CLASSES)
-    @pytest.mark.parametrize(
-        "given",
-        ["kept", [1, 2], {"visible": 1}, ("a", "b"), 0.3],
-        ids=["tensor", "list", "dict", "tuple", "float"],
-    )
-    def test_a_token_selection_of_another_type(self, make_model, make_clips, cls, given):
-        model = et.patch_videomae(make_model(cls))
-        clips = make_clips(model)
-        given = et.select_tokens(model, clips).kept if given == "kept" else given
-        with pytest.raises(TypeError, match="TokenSelection"):
-            model(clips, token_selection=given)
-
-    @pytest.mark.parametrize("cls", CLASSES)
-    def test_a_token_selection_of_another_clip(self, make_model, make_clips, cls):
-        model, clips = et.patch_videomae(make_model(cls)), make_clips(make_model(cls))
-        other = et.patch_videomae(make_model(cls, image_size=64))
-        with pytest.raises(ValueError, match=r"\(4, 4, 4\).*\(4, 3, 4\)"):
-            model(clips, token_selection=et.select_tokens(other, make_clips(other)))
-        with pytest.raises(ValueError, match=r"3 clips.*2"):
-            model(clips, token_selection=et.select_tokens(model, make_clips(model, batch=3)))
-
-    @pytest.mark.parametrize("cls", CLASSES)
-    def test_steps_belong_to_a_frame_sampler(self, make_model, make_clips, cls):
-        model, clips = et.patch_videomae(make_model(cls)), make_clips(make_model(cls))
-        plain = et.select_tokens(model, clips)
-        model.everest.frame_sampler = et.InfoFrameSampler(1.5)
-        longer = make_clips(model, frames=12)
-        sampled = et.select_tokens(model, longer)
-        model(longer, token_selection=sampled)
-        with pytest.raises(ValueError, match="steps"):
-            model(longer, token_selection=plain)
-        model.everest.frame_sampler = None
-        with pytest.raises(ValueError, match="steps"):
-            model(clips, token_selection=sampled)
-
-    def test_pretraining_needs_targets(self, make_model, make_clips):
-        encoder, model = (
-            et.patch_videomae(make_model(VideoMAEModel)),
-            et.patch_videomae(make_model(VideoMAEForPreTraining)),
-        )
-        clips = make_clips(model)
-        with pytest.raises(ValueError, match="target"):
-            model(clips, token_selection=et.select_tokens(encoder, clips))
-
-
 class TestSelectTokens:
     @pytest.mark.parametrize(
         ("cls", "arguments", "frames"),
@@ -927,14 +652,6 @@ class TestSelectTokens:
             losses.append(expected.sum().item())
         assert len(set(losses)) > 1
 
-    def test_leaves_no_graph_and_runs_no_encoder(self, make_model, make_clips):
-        model = et.patch_videomae(make_model(VideoMAEForPreTraining))
-        model.videomae.encoder.register_forward_pre_hook(lambda module, args: pytest.fail("the encoder ran"))
-        selection = et.select_tokens(model, make_clips(model).requires_grad_())
-        assert not selection.importance.requires_grad
-        assert selection.importance.shape == (2, 48)
-        assert torch.is_grad_enabled()
-
     def test_importance_only_of_our_selector(self, make_model, make_clips):
         model = et.patch_videomae(make_model(VideoMAEModel), first_half)
         assert et.select_tokens(model, make_clips(model)).importance is None
@@ -949,13 +666,6 @@ class TestSelectTokens:
         assert et.count_flops(wrapped) == et.count_flops(model)
         et.unpatch_videomae(wrapped)
         assert not hasattr(model, "everest")
-
-    def test_a_static_clip_has_one_answer(self, make_model, make_clips):
-        model = et.patch_videomae(make_model(VideoMAEForVideoClassification))
-        still = make_clips(model)[:, :1].repeat(1, 8, 1, 1, 1)
-        selection = et.select_tokens(model, still)
-        assert (selection.importance == 0).all()
-        assert selection.kept.tolist() == [list(range(28))] * 2  # ties to the lower index
 
 
 class TestPublicInterface:

@@ -24,8 +24,10 @@ from everest_tokens import (
     TokenSelection,
     TubeSelector,
 )
-from everest_tokens.selection import SelectionPolicy, selector_from, source_positions
-from everest_tokens.selectors import Grid, Selector, TokenSelector
+from everest_tokens.policy import SelectionPolicy, selector_from
+from everest_tokens.selection import source_positions
+from everest_tokens.selectors import Selector, TokenSelector
+from everest_tokens.tubelets import Grid
 
 VIT = (8, 14, 14)  # 16 frames of 224²: 1568 tokens
 

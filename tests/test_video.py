@@ -2,165 +2,37 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
 import sys
 import types
 import warnings
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+import transformers
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_videos import (
+    GROUP,
+    KINDS,
+    LENGTH,
+    damage,
+    full_decode,
+    numbers_in,
+    packets,
+    turn,
+    watch,
+    write_audio,
+    write_video,
+)
 
-from everest_tokens import decoding
-from everest_tokens.video import clip_transform, dense_indices, load_clip, read_frames, video_length
+from everest_tokens import video
+from everest_tokens.video import dense_indices, load_clip
 
-HAS_X264 = "libx264" in av.codecs_available
-H264 = "libx264" if HAS_X264 else "mpeg4"
-LENGTH = 60
-GROUP = 12  # frames from one key frame to the next
-
-
-def picture(number: int, width: int, height: int) -> np.ndarray:
-    """uint8 (height, width, 3): above, the bits of `number`, the lowest at the left; below, something coloured."""
-    image = np.empty((height, width, 3), np.uint8)
-    for bit in range(8):
-        image[: height // 2, bit * width // 8 : (bit + 1) * width // 8] = 230 if number >> bit & 1 else 20
-    image[height // 2 :, :, 0] = number * 7 % 256
-    image[height // 2 :, :, 1] = np.arange(width) % 256
-    image[height // 2 :, :, 2] = 90
-    return image
-
-
-def numbers_in(frames: torch.Tensor) -> list[int]:
-    """Reads the numbers back from uint8 (T, 3, H, W), looking at the middle of each bar only."""
-    height, width = frames.shape[-2:]
-    rows = frames.float()[:, :, height // 8 : height * 3 // 8]
-    bars = [rows[..., bit * width // 8 + width // 32 : (bit + 1) * width // 8 - width // 32] for bit in range(8)]
-    bits = torch.stack([bar.mean((1, 2, 3)) > 125 for bar in bars], 1)
-    return (bits * 2 ** torch.arange(8)).sum(1).tolist()
-
-
-def write_video(
-    path: Path,
-    codec: str = H264,
-    *,
-    length: int = LENGTH,
-    size: tuple[int, int] = (96, 64),
-    times: list[int] | None = None,
-    pix_fmt: str = "yuv420p",
-    b_frames: int = 2,
-    x264: str = "",
-    muxer: dict[str, str] | None = None,
-) -> Path:
-    """Frames 0, 1, … at 25 a second or at `times` in milliseconds, with `b_frames` between the others."""
-    width, height = size
-    clock = Fraction(1, 1000) if times else Fraction(1, 25)
-    with av.open(str(path), "w", options=muxer or {}) as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        stream.codec_context.time_base = clock
-        stream.codec_context.gop_size, stream.codec_context.max_b_frames = GROUP, b_frames
-        if x264 and codec == "libx264":
-            stream.options = {"x264-params": x264}
-        for number in range(length):
-            frame = av.VideoFrame.from_ndarray(picture(number, width, height), "rgb24")
-            frame.pts, frame.time_base = (times[number] if times else number), clock
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def full_decode(path: Path) -> torch.Tensor:
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-
-
-def turn(upright: Path, path: Path, rotation: int) -> Path:
-    """A copy of an MP4 whose track header asks for a turn by `rotation` degrees counterclockwise."""
-    data = bytearray(upright.read_bytes())
-    matrix = data.index(b"tkhd") + 44  # behind version, times, track, duration, layer and volume
-    sine, cosine = {90: (1, 0), 180: (0, -1), 270: (-1, 0)}[rotation]
-    struct.pack_into(">9i", data, matrix, *(x << 16 for x in (cosine, -sine, 0, sine, cosine, 0, 0, 0)), 1 << 30)
-    path.write_bytes(data)
-    return path
-
-
-def write_hidden(path: Path) -> Path:
-    """VP8 with a frame that isn't shown before every key frame: a copy of it, so that the picture stays right."""
-    source = write_video(path.with_suffix(".webm"), "libvpx")
-    with av.open(str(source)) as reader, av.open(str(path), "w", format="matroska") as writer:
-        stream = writer.add_stream_from_template(reader.streams.video[0])
-        for packet in reader.demux(video=0):
-            if not packet.size:
-                continue
-            if packet.is_keyframe:
-                data = bytearray(bytes(packet))
-                data[0] &= ~0x10  # show_frame
-                hidden = av.Packet(bytes(data))
-                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
-                hidden.stream, hidden.is_keyframe = stream, True
-                writer.mux(hidden)
-            packet.stream = stream
-            writer.mux(packet)
-    return path
-
-
-def uneven_times() -> list[int]:
-    return np.random.default_rng(0).integers(5, 200, LENGTH).cumsum().tolist()
-
-
-def restarted(path: Path, offset: int) -> Path:
-    """Two MPEG-TS files one after the other: in the middle the clock starts again, `offset` milliseconds later."""
-    as_it_is = {"mpegts_copyts": "1"}
-    first = write_video(path.with_suffix(".1.ts"), times=[1000 + 40 * i for i in range(LENGTH)], muxer=as_it_is)
-    start = 1000 + offset
-    second = write_video(path.with_suffix(".2.ts"), times=[start + 40 * i for i in range(LENGTH)], muxer=as_it_is)
-    path.write_bytes(first.read_bytes() + second.read_bytes())
-    return path
-
-
-# name: (makes the file, the numbers that its frames carry)
-KINDS: dict[str, tuple[Callable[[Path], Path], list[int]]] = {
-    "b-frames.mp4": (write_video, list(range(LENGTH))),
-    "open-gop.mp4": (
-        lambda path: write_video(path, x264="open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3"),
-        list(range(LENGTH)),
-    ),
-    "b-frames.mkv": (write_video, list(range(LENGTH))),
-    "b-frames.ts": (write_video, list(range(LENGTH))),
-    "uneven.mp4": (lambda path: write_video(path, times=uneven_times()), list(range(LENGTH))),
-    "uneven.mkv": (lambda path: write_video(path, times=uneven_times()), list(range(LENGTH))),
-    "mpeg4.avi": (lambda path: write_video(path, "mpeg4"), list(range(LENGTH))),
-    "wrong-times.avi": (write_video, list(range(LENGTH))),  # AVI has no room for H.264's time stamps
-    "no-times": (lambda path: write_raw(path), list(range(LENGTH))),
-    "same-times-again.ts": (lambda path: restarted(path, 0), [*range(LENGTH), *range(LENGTH)]),
-    "times-in-between.ts": (lambda path: restarted(path, 20), [*range(LENGTH), *range(LENGTH)]),
-    "odd-size.mp4": (
-        lambda path: write_video(path, size=(97, 65), pix_fmt="yuv444p" if HAS_X264 else "yuv420p"),
-        list(range(LENGTH)),
-    ),
-    # Starts 0.4 s before time 0: the container hides the first ten frames by an edit list.
-    "edit-list.mp4": (
-        lambda path: write_video(path, times=[40 * (i - 10) for i in range(LENGTH)]),
-        list(range(10, LENGTH)),
-    ),
-    "hidden-frames.mkv": (write_hidden, list(range(LENGTH))),
-    "one-frame.mp4": (lambda path: write_video(path, length=1), [0]),
-}
-
-
-def write_raw(path: Path) -> Path:
-    suffix = ".h264" if HAS_X264 else ".m4v"
-    write_video(path.with_suffix(suffix)).rename(path)
-    return path
+PIXELS = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -174,398 +46,97 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(scope="module")
-def faststart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MP4 that has its index in front, so that one cut off or damaged behind it can still be opened."""
-    return write_video(tmp_path_factory.mktemp("videos") / "fast.mp4", muxer={"movflags": "faststart"})
+def frames_of(path: Path, start: int, num_frames: int, stride: int = 1) -> torch.Tensor:
+    """uint8 (T, 3, H, W) by `load_clip`, at the size that they have."""
+    size = tuple(full_decode(path).shape[-2:])
+    clip = load_clip(path, start=start, num_frames=num_frames, stride=stride, size=size, **PIXELS)
+    return (clip[0] * 255).round().to(torch.uint8)
 
 
-@pytest.fixture
-def torchcodec_again() -> object:
-    """Lets the test change what importing torchcodec does."""
-    decoding._torchcodec_decoder.cache_clear()
-    yield
-    decoding._torchcodec_decoder.cache_clear()
-
-
-# --- reading frames ---
+# --- which frames ---
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_frame_is_the_one_asked_for(made, name):
     path, carried = made(name), KINDS[name][1]
-    assert video_length(path, backend="pyav") == len(carried)
-    frames = read_frames(path, range(len(carried)), backend="pyav")
-    assert frames.dtype == torch.uint8
-    assert numbers_in(frames) == carried
-    assert torch.equal(frames, full_decode(path))
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_frame_by_itself(made, name):
-    path, carried = made(name), KINDS[name][1]
-    for number, expected in enumerate(carried):
-        assert numbers_in(read_frames(path, [number], backend="pyav")) == [expected]
-
-
-@pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_order_and_any_repetition(made, name, data):
-    path, carried = made(name), KINDS[name][1]
-    indices = data.draw(st.lists(st.integers(0, len(carried) + 20), min_size=1, max_size=5))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a whole file that is merely short is no reason to warn
-        frames = read_frames(str(path), indices, backend="pyav")
-    assert numbers_in(frames) == [carried[min(i, len(carried) - 1)] for i in indices]
-
-
-@pytest.mark.parametrize("indices", [np.array([3, 1]), torch.tensor([3, 1]), (3, 1), iter([np.int32(3), 1])])
-def test_indices_may_be_any_integers(made, indices):
-    assert numbers_in(read_frames(made("b-frames.mp4"), indices)) == [3, 1]
-
-
-@pytest.mark.parametrize(("name", "at_most"), [("b-frames.mp4", 6), ("b-frames.mkv", 6 + GROUP), ("mpeg4.avi", 53)])
-def test_decodes_no_more_than_needed(made, name, at_most, monkeypatch):
-    decoded = []
-    frames = decoding._PyAVReader._frames
-
-    def counting(self, *arguments):
-        for frame in frames(self, *arguments):
-            decoded.append(frame)
-            yield frame
-
-    monkeypatch.setattr(decoding._PyAVReader, "_frames", counting)
-    # 49 and 52 belong to the group that starts at 48; an AVI is counted from the start.
-    assert numbers_in(read_frames(made(name), [52, 49], backend="pyav")) == [52, 49]
-    assert len(decoded) <= at_most
-
-
-STEADY = [name for name in KINDS if name.endswith((".mp4", ".mkv")) and name != "hidden-frames.mkv"]
-
-
-@pytest.mark.parametrize("name", STEADY)
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_what_is_left_out_changes_no_pixel(made, name, data):
-    """Groups of pictures without wanted frames are jumped over, frames nobody refers to are skipped, in one pass."""
-    path, carried = made(name), KINDS[name][1]
-    indices = data.draw(st.lists(st.integers(0, len(carried) - 1), min_size=1, max_size=6))
-    decode, passes = decoding._PyAVReader._decode, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding._PyAVReader, "_decode", lambda *args: passes.append(args) or decode(*args))
-        frames = read_frames(path, indices, backend="pyav")
-    assert len(passes) == 1
-    assert torch.equal(frames, full_decode(path)[indices])
-
-
-@pytest.mark.skipif(not HAS_X264, reason="needs to know how the encoder orders the frames")
-def test_jumps_and_skips(tmp_path, monkeypatch):
-    """Stored as 0 3 1 2 6 4 5 9 7 8 11 10 | 12 …: nobody refers to 1, 2, 4, …"""
-    params = "bframes=2:b-adapt=0:b-pyramid=none:scenecut=0:keyint=12:min-keyint=12:open-gop=0"
-    path = write_video(tmp_path / "ibbp.mp4", x264=params)
-    decoded = []
-    frames = decoding._PyAVReader._frames
-
-    def counting(self, *arguments):
-        for frame in frames(self, *arguments):
-            decoded.append(self.numbers[frame.pts])
-            yield frame
-
-    monkeypatch.setattr(decoding._PyAVReader, "_frames", counting)
-    for indices, needed in (
-        ([9, 6], [0, 3, 6, 9]),
-        ([4, 50], [0, 3, 4, 6, 48, 50]),  # 4 refers to 6, and 51 comes after 50
-        ([13, 12], [12, 13]),
-    ):
-        decoded.clear()
-        assert numbers_in(read_frames(path, indices, backend="pyav")) == indices
-        assert decoded == needed
-
-
-class FarSeeker:
-    """A container that lands `frames` behind the key frame that it was asked for, be that a key frame or not."""
-
-    def __init__(self, container: av.container.InputContainer, frames: int) -> None:
-        self.container, self.frames = container, frames
-
-    def __getattr__(self, name: str):
-        return getattr(self.container, name)
-
-    def __enter__(self) -> FarSeeker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.container.close()
-
-    def seek(self, pts: int, stream: av.VideoStream) -> None:
-        self.container.seek(pts + round(self.frames / 25 / stream.time_base), stream=stream, any_frame=True)
-
-
-@pytest.mark.parametrize("frames", [3, GROUP])
-def test_a_seek_that_goes_too_far_is_mended(tmp_path, monkeypatch, frames):
-    # This codec decodes without a key frame too, to something grey.
-    path = write_video(tmp_path / "mpeg4.mp4", "mpeg4", b_frames=0)
-    opened = decoding._PyAVReader._open
-    far = []
-
-    def open_far(self):
-        container, stream = opened(self)
-        far.append(FarSeeker(container, frames))
-        return far[-1], stream
-
-    monkeypatch.setattr(decoding._PyAVReader, "_open", open_far)
+    whole = full_decode(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert numbers_in(read_frames(path, [29, 40], backend="pyav")) == [29, 40]
-    assert len(far) == 3  # to number the frames, to seek, and once more from the start
+        assert torch.equal(frames_of(path, 0, len(carried)), whole)
+        for start in range(0, len(carried), 7):  # within a group of pictures, and at its ends
+            frames = frames_of(path, start, 3, 2)
+            wanted = [min(start + i, len(carried) - 1) for i in (0, 2, 4)]
+            assert numbers_in(frames) == [carried[number] for number in wanted]
+            assert torch.equal(frames, whole[wanted])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_of_a_long_video_the_clip_alone_is_decoded(tmp_path, monkeypatch, suffix):
+    path = write_video(tmp_path / f"long.{suffix}", length=600)
+    containers = watch(monkeypatch, video)
+    clip = load_clip(path, start=400, num_frames=4, stride=5, size=(64, 96), **PIXELS)[0]
+    assert numbers_in((clip * 255).byte()) == [number % 256 for number in (400, 405, 410, 415)]
+    numbering, decoding = containers
+    assert numbering.read > 600
+    assert 16 <= decoding.read < 60
+
+
+@pytest.mark.parametrize("far", [3, GROUP])
+def test_a_seek_that_goes_too_far_is_mended(tmp_path, monkeypatch, far):
+    # This codec decodes without a key frame too, to something grey.
+    path = write_video(tmp_path / "mpeg4.mp4", "mpeg4", b_frames=0)
+    containers = watch(monkeypatch, video, far)
+    clip = load_clip(path, start=29, num_frames=2, stride=11, size=(64, 96), **PIXELS)[0]
+    assert numbers_in((clip * 255).byte()) == [29, 40]
+    assert len(containers) == 3  # to number the frames, to seek, and once more from the start
 
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation_is_honoured(made, tmp_path, rotation):
     path = turn(made("b-frames.mp4"), tmp_path / "turned.mp4", rotation)
-    upright = read_frames(made("b-frames.mp4"), [0, 37], backend="pyav")
-    turned = read_frames(path, [0, 37], backend="pyav")
-    assert turned.shape == ((2, 3, 64, 96) if rotation == 180 else (2, 3, 96, 64))
+    upright = load_clip(made("b-frames.mp4"), num_frames=2, size=(64, 96), **PIXELS)[0]
+    turned = load_clip(path, num_frames=2, size=(64, 96) if rotation == 180 else (96, 64), **PIXELS)[0]
     assert torch.equal(turned, torch.rot90(upright, rotation // 90, dims=(2, 3)))
 
 
-def test_indices_chosen_from_the_length(made):
-    lengths = []
-    frames = read_frames(made("b-frames.mp4"), lambda length: lengths.append(length) or [length - 1, 3])
-    assert lengths == [LENGTH]
-    assert numbers_in(frames) == [59, 3]
-    with pytest.raises(ValueError, match="a frame index must be an integer of at least 0, got -1"):
-        read_frames(made("b-frames.mp4"), lambda length: [-1])
-
-
-# --- reduced size ---
-
-
-@pytest.mark.parametrize(
-    ("name", "short_side", "shape"),
-    [
-        ("b-frames.mp4", 32, (32, 48)),
-        ("b-frames.mp4", 64, (64, 96)),
-        ("b-frames.mp4", 200, (64, 96)),  # never larger than it is
-        ("odd-size.mp4", 31, (31, 46)),  # 65 × 97
-        ("mpeg4.avi", 33, (33, 50)),  # 49.5
-    ],
-)
-def test_reduced_size(made, name, short_side, shape):
-    frames = read_frames(made(name), [44, 7], short_side=short_side, backend="pyav")
-    assert frames.shape == (2, 3, *shape)
-    assert frames.dtype == torch.uint8
-    assert numbers_in(frames) == [44, 7]
-    resize = clip_transform(shape, (0, 0, 0), (1, 1, 1))  # rounds the other side differently: by less than a pixel
-    expected = resize(read_frames(made(name), [44, 7], backend="pyav")) * 255
-    # Colours are stored at half the size: only grey tells how exact the resizing is.
-    assert (frames[:, :, : shape[0] // 2 - 2].float() - expected[:, :, : shape[0] // 2 - 2]).abs().mean() < 3
-
-
-def test_reducing_averages_instead_of_dropping_pixels(tmp_path):
-    """Stripes one pixel wide become an even grey."""
-    stripes = np.where(np.arange(96) % 2, 235, 16).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
-    frame = av.VideoFrame.from_ndarray(stripes, "rgb24").reformat(format="yuv444p")
-    reduced = decoding._ToRGB(16)(frame)
-    assert reduced.shape == (16, 24, 3)
-    assert reduced[:, 3:-3].float().std() < 6
-    assert reduced.float().mean() == pytest.approx(125, abs=4)
-
-
-@pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_reduced_size_of_a_turned_video(made, tmp_path, rotation):
-    path = turn(made("b-frames.mp4"), tmp_path / "turned.mp4", rotation)
-    upright = read_frames(made("b-frames.mp4"), [0, 37], short_side=32, backend="pyav")
-    turned = read_frames(path, [0, 37], short_side=32, backend="pyav")
-    assert turned.shape == ((2, 3, 32, 48) if rotation == 180 else (2, 3, 48, 32))
-    assert torch.equal(turned, torch.rot90(upright, rotation // 90, dims=(2, 3)))
-
-
-# --- parts ---
-
-
-@pytest.mark.parametrize("name", [name for name in KINDS if name[:4] not in ("unev", "one-", "same", "time")])
-def test_parts(made, name):
-    """At 25 frames a second, frames 20 … 34 are shown from 0.8 s to before 1.4 s."""
-    carried = KINDS[name][1]
-    lengths = []
-
-    def choose(length: int) -> list[int]:
-        lengths.append(length)
-        return [14, 0, 3, 99]
-
-    frames = read_frames(made(name), choose, part=(0.8, 1.4), backend="pyav")
-    assert lengths == [15]
-    assert numbers_in(frames) == [carried[number] for number in (34, 20, 23, 34)]
-    assert numbers_in(read_frames(made(name), [0, 400], part=(0, 0.12), backend="pyav")) == [carried[0], carried[2]]
-    last = read_frames(made(name), [0, 1, 9], part=(len(carried) / 25 - 0.08, 1e6), backend="pyav")
-    assert numbers_in(last) == [carried[-2], carried[-1], carried[-1]]
-    with pytest.raises(ValueError, match=r"has no frames from 7 to 9\.5 s"):
-        read_frames(made(name), [0], part=(7, 9.5), backend="pyav")
-
-
-@pytest.mark.parametrize("name", ["uneven.mp4", "uneven.mkv"])
-def test_parts_go_by_time_stamps(made, name):
-    times = np.array(uneven_times()) / 1000
-    times -= times[0]
-    inside = ((times >= 2) & (times < 3.5)).nonzero()[0].tolist()
-    assert numbers_in(read_frames(made(name), range(len(inside)), part=(2, 3.5), backend="pyav")) == inside
-
-
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_of_a_long_video_only_the_part_is_read(tmp_path, suffix, monkeypatch):
-    path = write_video(tmp_path / f"long.{suffix}", length=1000)  # 40 s
-    read = []
-    opened = decoding._PyAVReader._open
-
-    def counting(self):
-        container, stream = opened(self)
-        demux = container.demux
-
-        class Counting(FarSeeker):
-            def seek(self, pts: int, stream: av.VideoStream) -> None:
-                self.container.seek(pts, stream=stream)
-
-            def demux(self, stream: av.VideoStream):
-                for packet in demux(stream):
-                    read.append(packet.pts)
-                    yield packet
-
-        return Counting(container, 0), stream
-
-    monkeypatch.setattr(decoding._PyAVReader, "_open", counting)
-    frames = read_frames(path, [0, 24, 49], part=(20, 22), backend="pyav")
-    assert numbers_in(frames) == [number % 256 for number in (500, 524, 549)]
-    assert len(read) < 300
-
-
-def test_a_seek_beyond_the_part_is_mended(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "far.mp4", length=200)
-    opened = decoding._PyAVReader._open
-
-    def open_far(self):
-        container, stream = opened(self)
-        return FarSeeker(container, 50), stream
-
-    monkeypatch.setattr(decoding._PyAVReader, "_open", open_far)
-    assert numbers_in(read_frames(path, [0, 9, 24], part=(4, 5), backend="pyav")) == [100, 109, 124]
-
-
-def test_a_damaged_part(made, tmp_path):
-    path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", slice(24, 36))
-    with pytest.warns(UserWarning, match="3 of the 5 frames"):
-        frames = read_frames(path, [0, 3, 5, 15, 20], part=(0.8, 2))  # 20, 23, 25, 35, 40
-    assert numbers_in(frames) == [20, 23, 23, 23, 40]
-
-
-def test_reserved_colour_space_is_read_as_unspecified(made):
+def test_a_reserved_colour_space_is_read_as_unspecified(made):
     with av.open(str(made("b-frames.mp4"))) as container:
         frame = next(container.decode(video=0))
-        expected = decoding._ToRGB()(frame)
+        expected = video.ToRGB()(frame)
         frame.colorspace = 3  # reserved: swscale refuses it
-        assert torch.equal(decoding._ToRGB()(frame), expected)
+        assert torch.equal(video.ToRGB()(frame), expected)
 
 
-# --- damage ---
+# --- what can't be read ---
 
 
-def packets(path: Path) -> list[av.Packet]:
-    """In the order in which they are shown."""
-    with av.open(str(path)) as container:
-        return sorted((packet for packet in container.demux(video=0) if packet.size), key=lambda packet: packet.pts)
+@pytest.mark.parametrize("name", ["b-frames.mp4", "mpeg4.avi"])
+def test_what_is_damaged_outside_the_clip_does_no_harm(made, tmp_path, name):
+    path = damage(made(name), tmp_path / name, slice(48, 60))
+    assert numbers_in(frames_of_part(path)) == [13, 15, 17]
 
 
-def damage(whole: Path, path: Path, numbers: slice) -> Path:
-    """A copy in which the packets of these frames are overwritten, so that the frames don't decode."""
-    data = bytearray(whole.read_bytes())
-    for packet in packets(whole)[numbers]:
-        content = bytes(packet)
-        assert data.count(content) == 1
-        start = data.index(content)
-        data[start : start + len(content)] = b"\xff" * len(content)
-    path.write_bytes(data)
-    return path
-
-
-def test_cut_off_file_repeats_the_last_decodable_frame(faststart, tmp_path):
-    path = tmp_path / "cut.mp4"
-    path.write_bytes(faststart.read_bytes()[: packets(faststart)[36].pos])  # the key frame of the fourth group
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert numbers_in(read_frames(path, [3, 30])) == [3, 30]
-    with pytest.warns(UserWarning, match="2 of the 4 frames") as record:
-        frames = read_frames(path, [3, 30, 40, 59])
-    assert len(record) == 1
-    assert str(path) in str(record[0].message)
-    assert record[0].filename == __file__
-    assert numbers_in(frames) == [3, 30, 35, 35]
-
-
-def test_cut_off_avi(made, tmp_path):
-    path, whole = tmp_path / "cut.avi", made("mpeg4.avi")
-    path.write_bytes(whole.read_bytes()[: packets(whole)[36].pos])
-    with pytest.warns(UserWarning, match="1 of the 2 frames") as record:
-        frames = read_frames(path, [10, 50])
-    assert len(record) == 1
-    first, last = numbers_in(frames)
-    assert first == 10
-    assert 30 <= last < 40
-
-
-@pytest.mark.parametrize("container", ["mp4", "mkv"])
-def test_damage_in_the_middle_leaves_the_other_frames_their_numbers(made, tmp_path, container):
-    path = damage(made(f"b-frames.{container}"), tmp_path / f"damaged.{container}", slice(24, 36))  # the third group
-    assert video_length(path) == LENGTH
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert numbers_in(read_frames(path, [5, 23])) == [5, 23]
-        assert numbers_in(read_frames(path, [59, 36])) == [59, 36]
-    with pytest.warns(UserWarning, match=r"damaged\..*3 of the 5 frames") as record:
-        frames = read_frames(path, [50, 30, 23, 24, 36, 30])
-    assert len(record) == 1
-    assert numbers_in(frames) == [50, 23, 23, 23, 36, 23]
-
-
-@pytest.mark.parametrize(
-    ("numbers", "indices", "message", "carried"),
-    [
-        (slice(0, 12), [0, 20], "1 of the 2 frames", [12, 20]),  # nothing before it: the next
-        (slice(48, 60), [50, 40, 59, 70], "1 of the 3 frames", [47, 40, 47, 47]),  # 70 isn't promised by the file
-    ],
-)
-def test_damage_at_the_ends(made, tmp_path, numbers, indices, message, carried):
-    path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", numbers)
-    with pytest.warns(UserWarning, match=message):
-        assert numbers_in(read_frames(path, indices)) == carried
-
-
-def test_damage_everywhere_is_undecodable(made, tmp_path):
-    path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", slice(None))
-    with pytest.raises(ValueError, match=r"damaged\.mp4: undecodable, none of its frames"):
-        read_frames(path, [0])
-
-
-def test_how_much_may_be_lost(made, tmp_path):
+def test_a_clip_that_is_damaged_is_an_error(made, tmp_path):
     path = damage(made("b-frames.mp4"), tmp_path / "damaged.mp4", slice(24, 36))
-    with pytest.warns(UserWarning, match="2 of the 4 frames"):
-        read_frames(path, [5, 30, 25, 40], max_lost=0.5)
-    with pytest.raises(ValueError, match=r"damaged\.mp4: damaged or cut off, 2 of the 4 frames asked for"):
-        read_frames(path, [5, 30, 25, 40], max_lost=0.49)
-    assert numbers_in(read_frames(path, [5, 40], max_lost=0)) == [5, 40]
+    assert numbers_in(frames_of_part(path, start=40)) == [40, 42, 44]
+    with pytest.raises(ValueError, match=r"damaged\.mp4: damaged or cut off, not all frames of the clip"):
+        frames_of_part(path, start=23)
 
 
-def write_audio(path: Path) -> None:
-    """A tenth of a second of silence."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
-        frame.rate, frame.pts = 8000, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+def test_a_file_that_was_cut_off_is_shorter(tmp_path):
+    whole = write_video(tmp_path / "fast.mp4", muxer={"movflags": "faststart"})
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(whole.read_bytes()[: packets(whole)[36].pos])  # the key frame of the fourth group
+    assert numbers_in(frames_of_part(path, start=30)) == [30, 32, 34]
+    with pytest.raises(ValueError, match="start must be below the video's length 36, got 40"):
+        frames_of_part(path, start=40)
 
 
-@pytest.mark.parametrize("backend", [None, "pyav"])
+def frames_of_part(path: Path, start: int = 13) -> torch.Tensor:
+    clip = load_clip(path, start=start, num_frames=3, stride=2, size=(64, 96), **PIXELS)
+    return (clip[0] * 255).round().to(torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("name", "make", "problem"),
     [
@@ -576,194 +147,19 @@ def write_audio(path: Path) -> None:
         ("sound.wav", write_audio, "audio only"),
     ],
 )
-def test_what_is_no_video(tmp_path, name, make, problem, backend):
-    path = tmp_path / name
-    make(path)
-    for use in (video_length, lambda path, backend: read_frames(path, [0], backend=backend)):
-        with pytest.raises(ValueError, match=problem) as error:
-            use(path, backend=backend)
-        assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("indices", "printed"),
-    [
-        ([], r"\[\]"),
-        ([0, -1], "-1"),
-        ([1.5], "1.5"),
-        ([0, None], "None"),
-        ([True], "True"),
-        (torch.tensor([0.0, 2.0]), "0.0"),
-        (torch.tensor([True, False]), "True"),
-        (np.zeros(0, int), "array"),
-        (torch.tensor(3), "3"),
-        (7, "7"),
-        ("12", "'1'"),
-    ],
-)
-def test_bad_indices(made, indices, printed):
-    with pytest.raises(ValueError, match=printed):
-        read_frames(made("one-frame.mp4"), indices)
-
-
-# --- backends ---
-
-
-def test_unknown_backend(made):
-    for use in (video_length, lambda path, backend: read_frames(path, [0], backend=backend)):
-        with pytest.raises(ValueError, match="'pyav', 'torchcodec' or None, got 'decord'"):
-            use(made("one-frame.mp4"), backend="decord")
-
-
-@pytest.mark.usefixtures("torchcodec_again")
-def test_neither_backend_installed(made, monkeypatch):
-    path = made("one-frame.mp4")
-    monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setitem(sys.modules, "torchcodec", None)
-    for backend in (None, "pyav"):
-        with pytest.raises(ImportError, match=r'pip install "everest-tokens\[video\]"'):
-            read_frames(path, [0], backend=backend)
-
-
-@pytest.mark.usefixtures("torchcodec_again")
-@pytest.mark.parametrize(
-    "code",
-    [
-        "raise RuntimeError('no FFmpeg')",
-        "raise OSError('libavutil')",
-        "raise ImportError",
-        "ffmpeg_major_version = None",
-    ],
-)
-def test_torchcodec_that_does_not_load(made, tmp_path, monkeypatch, code):
-    path = made("b-frames.mp4")
-    (tmp_path / "torchcodec").mkdir()
-    (tmp_path / "torchcodec" / "__init__.py").write_text(code)
-    (tmp_path / "torchcodec" / "decoders.py").write_text("VideoDecoder = None")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert numbers_in(read_frames(path, [33])) == [33]
-    with pytest.raises(ImportError, match="torchcodec is not installed"):
-        read_frames(path, [33], backend="torchcodec")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchcodec"]:
-        del sys.modules[name]  # the test's own, before monkeypatch puts the real one back
-
-
-class FakeDecoder:
-    """Stands for torchcodec: frame i is a picture of the number i, and the last of ten doesn't decode."""
-
-    def __init__(self, path: str, num_ffmpeg_threads: int) -> None:
-        self.metadata = types.SimpleNamespace(codec=self.codec, num_frames_from_header=self.header)
-
-    codec, header, step = "h264", 10, 1.0
-
-    def __len__(self) -> int:
-        return 10
-
-    def get_frames_at(self, indices: list[int]) -> types.SimpleNamespace:
-        assert indices == sorted(set(indices))
-        if 9 in indices:
-            raise RuntimeError("Could not push packet to decoder")
-        data = torch.stack([torch.from_numpy(picture(i + 100, 96, 64)).permute(2, 0, 1) for i in indices])
-        return types.SimpleNamespace(data=data, pts_seconds=torch.arange(len(indices)) * self.step)
-
-
-def test_torchcodec_where_it_loads(made, monkeypatch):
-    monkeypatch.setattr(decoding, "_torchcodec_decoder", lambda: FakeDecoder)
-    path = made("b-frames.mp4")
-    assert video_length(path) == 10
-    assert numbers_in(read_frames(path, [5, 2, 5])) == [105, 102, 105]
-    assert numbers_in(read_frames(path, [5, 2, 5], backend="pyav")) == [5, 2, 5]
-
-
-def test_torchcodec_reduced_and_in_parts(made, monkeypatch):
-    monkeypatch.setattr(decoding, "_torchcodec_decoder", lambda: FakeDecoder)
-    path = made("b-frames.mp4")
-    frames = read_frames(path, [5, 2, 5], short_side=32)
-    assert frames.shape == (3, 3, 32, 48)
-    assert numbers_in(frames) == [105, 102, 105]
-    assert read_frames(path, [5], short_side=65).shape == (1, 3, 64, 96)
-    assert numbers_in(read_frames(path, [5], part=(0.4, 2))) == [15]  # PyAV's
-    with pytest.raises(ValueError, match=r"not for torchcodec .*part"):
-        read_frames(path, [5], part=(0.4, 2), backend="torchcodec")
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "indices", "problem"),
-    [
-        ("b-frames.mp4", {}, [9], "Could not push"),
-        ("b-frames.mp4", {"header": 30}, [12], "cut off"),
-        ("b-frames.mp4", {"step": 0.0}, [3, 4], "one frame for several"),
-        ("b-frames.mp4", {"codec": "vp8"}, [3], "VP8"),
-        ("b-frames.ts", {}, [3], "Matroska"),
-        ("mpeg4.avi", {}, [3], "Matroska"),
-    ],
-)
-def test_what_torchcodec_is_not_trusted_with_is_read_by_pyav(made, monkeypatch, name, change, indices, problem):
-    monkeypatch.setattr(decoding, "_torchcodec_decoder", lambda: type("Fake", (FakeDecoder,), change))
-    assert numbers_in(read_frames(made(name), indices)) == indices
+def test_what_is_no_video(tmp_path, name, make, problem):
+    make(tmp_path / name)
     with pytest.raises(ValueError, match=problem) as error:
-        read_frames(made(name), indices, backend="torchcodec")
-    assert str(made(name)) in str(error.value)
+        load_clip(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
 
 
-@pytest.fixture
-def real_torchcodec() -> None:
-    pytest.importorskip("torchcodec", exc_type=Exception, reason="torchcodec is not installed or fails to import")
-    if decoding._torchcodec_decoder() is None:
-        pytest.skip("torchcodec finds no FFmpeg shared libraries on this system")
-
-
-TORCHCODEC_KINDS = [name for name in KINDS if name.endswith((".mp4", ".mkv")) and name != "hidden-frames.mkv"]
-
-
-@pytest.mark.usefixtures("real_torchcodec")
-@pytest.mark.parametrize("name", TORCHCODEC_KINDS)
-def test_backends_agree(made, name):
-    path, length = made(name), len(KINDS[name][1])
-    indices = [length - 1, 0, length // 2, length // 3, 0]
-    if name != "edit-list.mp4":  # where torchcodec can't tell hidden frames from lost ones
-        indices.append(length + 7)
-    assert video_length(path, backend="torchcodec") == length
-    frames = read_frames(path, indices, backend="torchcodec")
-    assert torch.equal(frames, read_frames(path, indices, backend="pyav"))
-
-
-@pytest.mark.usefixtures("real_torchcodec")
-@pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_backends_agree_on_rotation(made, tmp_path, rotation):
-    path = turn(made("b-frames.mp4"), tmp_path / "turned.mp4", rotation)
-    assert torch.equal(read_frames(path, [3, 44], backend="torchcodec"), read_frames(path, [3, 44], backend="pyav"))
-
-
-@pytest.mark.usefixtures("real_torchcodec")
-def test_torchcodec_names_a_file_without_video(tmp_path):
-    write_audio(tmp_path / "sound.mkv")
-    with pytest.raises(ValueError, match=r"sound\.mkv.*audio only"):
-        read_frames(tmp_path / "sound.mkv", [0], backend="torchcodec")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"short_side": 0}, "short_side .* got 0"),
-        ({"short_side": 1.5}, "short_side .* got 1.5"),
-        ({"part": (2, 1)}, r"part must be .* got \(2, 1\)"),
-        ({"part": (-1, 1)}, r"part must be .* got \(-1, 1\)"),
-        ({"part": (0, float("inf"))}, "part must be .* inf"),
-        ({"part": (float("nan"), 1)}, r"part must be .* got \(nan, 1\)"),
-        ({"max_lost": 1.1}, "max_lost .* got 1.1"),
-    ],
-)
-def test_read_frames_errors(made, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        read_frames(made("b-frames.mp4"), [0], **arguments)
-
-
-# --- choosing frames ---
+@pytest.mark.parametrize("module", ["av", "torchvision.transforms.v2"])
+def test_without_an_optional_package_the_extra_is_named(made, monkeypatch, module):
+    path = made("one-frame.mp4")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[video\]'"):
+        load_clip(path)
 
 
 def test_dense_indices_by_hand():
@@ -821,19 +217,7 @@ def test_dense_indices_errors(arguments, message):
         dense_indices(**{"length": 50, **arguments})
 
 
-# --- preparing clips ---
-
-
-def test_constant_frames_come_out_constant():
-    colour = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    clip = clip_transform(32)(colour.expand(2, 3, 50, 90))
-    assert clip.shape == (2, 3, 32, 32)
-    assert clip.dtype == torch.float32
-    for channel, (value, mean, std) in enumerate(
-        zip((0, 100, 255), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
-    ):
-        expected = torch.full((2, 32, 32), (value / 255 - mean) / std)
-        torch.testing.assert_close(clip[:, channel], expected, atol=1e-6, rtol=0)
+# --- preparing ---
 
 
 @pytest.mark.parametrize(
@@ -846,13 +230,18 @@ def test_constant_frames_come_out_constant():
         (32, 40, (61, 97)),
     ],
 )
-def test_the_crop_is_the_middle_and_keeps_the_aspect_ratio(size, short_side, shape):
+def test_the_crop_is_the_middle_and_keeps_the_aspect_ratio(size, short_side, shape, monkeypatch):
     """On ramps: the value at a pixel says where in the source it comes from."""
     height, width = shape
     rows = torch.linspace(0, 255, height).view(1, height, 1).expand(1, height, width)
     columns = torch.linspace(0, 255, width).view(1, 1, width).expand(1, height, width)
     clip = torch.stack([rows, columns, rows], 1).round().to(torch.uint8)
-    out = clip_transform(size, (0, 0, 0), (1, 1, 1), short_side=short_side)(clip)[0] * 255
+    monkeypatch.setattr(video, "_read", lambda path, choose: clip)
+    if short_side is None:
+        out = load_clip("x", size=size, **PIXELS)[0, 0] * 255
+    else:
+        processor = {"image_mean": (0,) * 3, "image_std": (1,) * 3, "size": {"shortest_edge": short_side}}
+        out = load_clip("x", processor=types.SimpleNamespace(crop_size=size, **processor))[0, 0] * 255
     new_height, new_width = (size, size) if isinstance(size, int) else size
     assert out.shape == (3, new_height, new_width)
     scale = short_side / min(shape) if short_side else max(new_height / height, new_width / width)
@@ -864,16 +253,10 @@ def test_the_crop_is_the_middle_and_keeps_the_aspect_ratio(size, short_side, sha
     assert across == pytest.approx(255 / (width - 1) / scale, rel=0.03)
 
 
-def test_clip_transform_can_be_sent_to_workers():
-    transform = clip_transform((24, 16))
-    clip = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
-    assert torch.equal(pickle.loads(pickle.dumps(transform))(clip), transform(clip))
-
-
-@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": (8, -8)}, {"size": 8.5}, {"short_side": 223}])
-def test_clip_transform_errors(arguments):
-    with pytest.raises(ValueError, match=r"must be an integer of at least (1|224), got"):
-        clip_transform(**arguments)
+@pytest.mark.parametrize("size", [0, (8, -8), 8.5])
+def test_sizes_that_are_none(made, size):
+    with pytest.raises(ValueError, match="size must be an integer of at least 1, got"):
+        load_clip(made("one-frame.mp4"), size=size)
 
 
 def test_load_clip_by_hand(made):
@@ -914,10 +297,9 @@ def test_load_clip_chooses_its_frames_by_dense_indices(made):
     ],
 )
 def test_load_clip_equals_the_processor(made, kind, settings):
-    transformers = pytest.importorskip("transformers")
     path = made("odd-size.mp4")
     processor = getattr(transformers, kind)(**settings)
-    frames = read_frames(path, [10, 14, 18])
+    frames = full_decode(path)[[10, 14, 18]]
     expected = processor(list(frames), return_tensors="pt")["pixel_values"]
     clip = load_clip(path, num_frames=3, start=10, processor=processor)
     assert clip.shape == expected.shape
@@ -931,3 +313,5 @@ def test_load_clip_takes_a_processor_of_any_class(made):
     assert torch.equal(load_clip(path, num_frames=2, processor=processor), expected)
     with pytest.raises(ValueError, match="expected a processor with a crop_size or a size"):
         load_clip(path, processor=types.SimpleNamespace(image_mean=(0,) * 3, image_std=(1,) * 3))
+    with pytest.raises(ValueError, match="short_side must be an integer of at least 60, got 48"):
+        load_clip(path, processor=types.SimpleNamespace(image_mean=(0,), image_std=(1,), size=48, crop_size=60))

@@ -1,22 +1,37 @@
-"""The class of a patched module whose own class we don't know: ours before its own, under its name, picklable."""
+"""The class of a patched module: ours before its own, under its name, picklable."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+
+from everest_tokens.policy import SelectionPolicy
 
 _MIXED: dict[tuple[type, type], type[nn.Module]] = {}  # one class for all modules of a kind, as theirs is
 
 
 class Patched(nn.Module):
-    """What `patch_class` puts before a module's own class; `super()` reaches that."""
+    """What `patch_class` puts before a module's own class; `super()` reaches that.
 
+    Attributes:
+        everest: the policy of the model that the module belongs to.
+        patched_attributes: names of the other attributes that patching sets on the module.
+    """
+
+    everest: SelectionPolicy
+    patched_attributes: ClassVar[tuple[str, ...]] = ()
     _everest_bases: tuple[type[Patched], type[nn.Module]]
 
     if TYPE_CHECKING:  # it has all that the module's own class has
 
         def __getattr__(self, name: str) -> Any: ...
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by torch.jit.script, which takes no class that is made while running."""
+        raise TypeError(
+            f"{type(self).__qualname__} is patched: torch.jit.trace or torch.export it instead of scripting"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Made while running, the class can't be found by name: pickle and deepcopy rebuild it from the two bases."""
@@ -28,9 +43,16 @@ def patch_class(module: nn.Module, mixin: type[Patched]) -> None:
     module.__class__ = _mixed(mixin, type(module))
 
 
-def restore_class(module: Any) -> None:
-    """Undo `patch_class`."""
-    module.__class__ = module._everest_bases[1]
+def restore_class(module: Patched) -> None:
+    """Undo `patch_class`, and drop what patching set on the module."""
+    for name in ("everest", *module.patched_attributes):
+        module.__dict__.pop(name, None)
+    module.__class__ = module._everest_bases[1]  # type: ignore[assignment]
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or has again when it is unpatched."""
+    return module._everest_bases[1] if isinstance(module, Patched) else type(module)
 
 
 def _mixed(mixin: type[Patched], own: type[nn.Module]) -> type[nn.Module]:

@@ -14,45 +14,39 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from everest_tokens.hosts.constant_table import ConstantTable
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
+from everest_tokens.hosts.base import Host
 from everest_tokens.hosts.patch_options import PatchOptions
-from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
-from everest_tokens.hosts.selecting_model import SelectingModel, select_by
+from everest_tokens.hosts.patched_class import Patched, own_class
+from everest_tokens.hosts.running import SelectingModel, forward_of, running
 from everest_tokens.hosts.stochastic_depth import (
     check_stochastic_depth,
     restore_stochastic_depth,
     set_stochastic_depth,
 )
-from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, visible_tokens
-from everest_tokens.positions import sincos_table
-from everest_tokens.selection import SelectionPolicy, TokenSelection
-from everest_tokens.selectors import Grid
-from everest_tokens.tubelets import TubeletSize, is_unhooked
+from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
+from everest_tokens.policy import SelectionPolicy
+from everest_tokens.positions import ConstantTable, sincos_table
+from everest_tokens.tubelets import Grid, TubeletSize, is_unhooked
 
 logger = logging.getLogger(__name__)
 
-PATCHABLE = "timm's VisionTransformer (ViT, DeiT, FlexiViT, CLIP, SigLIP, DINOv2) and Eva (EVA-02, DINOv3) image models"
 TEMPORAL_EMBEDDINGS = ("sincos", "none")
 _CLASSES = {("timm.models.vision_transformer", "VisionTransformer"), ("timm.models.eva", "Eva")}
 _POSITIONS = {"VisionTransformer._pos_embed", "VisionTransformerDistilled._pos_embed", "Eva._pos_embed"}
 _NO_TABLE_MAGNITUDE = 0.02  # what timm initialises position embeddings with, for models that have none
 
 
-class TubeletEmbedding(Patched):
-    """timm's `PatchEmbed` over tubelets, which returns the visible tokens."""
+class Tubelets(TubeletEmbedding):
+    """timm's `PatchEmbed` over tubelets, which hands on the visible tokens."""
 
-    everest: SelectionPolicy
-    request: SelectionRequest | None
-    ready: Tensor | None  # tokens that this forward has embedded already
+    projection_name = "proj"
+    channels_first = True
+    argument = "clips"
+    patched_attributes = ("num_frames",)
     num_frames: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) → visible tokens without positions, (B, V, D)."""
-        if self.ready is not None:
-            return self.ready
-        assert self.request is not None
-        clips = x
+    def geometry(self, clips: Any) -> tuple[TubeletSize, Grid, tuple[int, int]]:
+        """Also for any height and width that the image model takes."""
         if not isinstance(clips, Tensor):
             raise TypeError(f"expected clips as a tensor (B, C, T, H, W), got {type(clips).__name__}")
         if clips.ndim != 5:
@@ -60,46 +54,44 @@ class TubeletEmbedding(Patched):
                 f"expected clips (B, C, T, H, W) for a patched model, got {tuple(clips.shape)}: unpatch_videomae gives"
                 " the image model back"
             )
-        size, grid = self._geometry(clips)
-        height, width = clips.shape[-2:] if self._takes_any_size() else self.img_size
-        frames = size.frames * self.everest.num_candidates(grid[0])
-        expected = {"channels": self.proj.weight.shape[1], "frames": frames, "height": height, "width": width}
-        check_clips(clips, expected, self.everest, self.num_frames, "clips")
-        if self.dynamic_img_pad:
-            clips = nn.functional.pad(clips, (0, -width % size.width, 0, -height % size.height))
-        return visible_tokens(
-            self.everest,
-            self.request,
-            lambda: self.proj(clips).flatten(2).transpose(1, 2),
-            clips.transpose(1, 2),
-            self.proj,
-            size,
-            grid,
-            training=self.training,
-            only_projects=True,
-            norm=self.norm,
-        )
-
-    def _takes_any_size(self) -> bool:
-        return self.img_size is None or not self.strict_img_size
-
-    def _geometry(self, clips: Tensor) -> tuple[TubeletSize, Grid]:
-        """The tubelet size and the grid (τ, h, w) of these clips."""
         size = TubeletSize(self.proj.weight.shape[2], *self.patch_size)
-        if not self._takes_any_size():
-            return size, size.grid(self.num_frames, *self.img_size)
-        height, width = clips.shape[-2:]
+        if self.img_size is not None and self.strict_img_size:
+            return size, size.grid(self.num_frames, *self.img_size), self.img_size
+        height, width = image = clips.shape[-2], clips.shape[-1]
         if self.dynamic_img_pad:
             height, width = height + -height % size.height, width + -width % size.width
         elif height % size.height or width % size.width:
             raise ValueError(f"{height}×{width} pixels are not divisible by the patch size {tuple(self.patch_size)}")
-        return size, size.grid(self.num_frames, height, width)
+        return size, size.grid(self.num_frames, height, width), image
+
+    def padded(self, clips: Tensor, size: TubeletSize) -> Tensor:
+        height, width = clips.shape[-2:]
+        if not self.dynamic_img_pad:
+            return clips
+        return nn.functional.pad(clips, (0, -width % size.width, 0, -height % size.height))
+
+    def embed(self, clips: Tensor, **kwargs: Any) -> Tensor:
+        return self.proj(clips).flatten(2).transpose(1, 2)
+
+    def runs_without_clips(self) -> bool:
+        # Eva's own attention leaves a size of its views to be worked out.
+        return not any(type(module).__name__ == "EvaAttention" for module in self.everest.root.modules())  # type: ignore[union-attr]
+
+    def normalise(self, tokens: Tensor) -> Tensor:
+        return self.norm(tokens)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """(B, C, T, H, W) → visible tokens without positions, (B, V, D)."""
+        current = _current(self)
+        if current.ready is not None:
+            return current.ready
+        return super().forward(x)
 
 
 class VideoTransformer(SelectingModel):
     """A timm image model over the kept tokens of a clip."""
 
-    patch_embed: TubeletEmbedding
+    patched_attributes = ("_steps",)
     _steps: ConstantTable | None  # (τ, D) float32, the temporal embedding at root mean square 1
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -107,20 +99,17 @@ class VideoTransformer(SelectingModel):
         output_fmt = args[4] if len(args) > 4 else kwargs.get("output_fmt", "NCHW")
         if output_fmt != "NLC":
             raise ValueError(f"the kept tokens fill no grid: expected output_fmt='NLC', got {output_fmt!r}")
-        embedding = self.patch_embed
-        embedding.request = SelectionRequest(self._given)
-        try:
-            embedding.ready = embedding(x)
+        with forward_of(self.everest) as current:
+            current.ready = self.patch_embed(x)
             image = x[:, :, 0]  # timm reads its shape
-            return super().forward_intermediates(image, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            embedding.request = embedding.ready = None
+            try:
+                return super().forward_intermediates(image, *args, **kwargs)  # type: ignore[misc]
+            finally:
+                current.ready = None
 
     def _pos_embed(self, tokens: Tensor) -> Any:
         """Adds the places' and the steps' positions and the prefix tokens; Eva also wants the rotary positions."""
-        assert self.patch_embed.request is not None
-        selection = self.patch_embed.request.selection
-        assert selection is not None
+        selection = _current(self).selection
         visible, (_, height, width) = selection.visible, selection.grid
         place, step = visible % (height * width), visible // (height * width)
 
@@ -161,115 +150,129 @@ class VideoTransformer(SelectingModel):
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         if self._steps is not None:
-            self._steps.to(self.patch_embed.proj.weight.device)
+            self._steps.follow(self)
         return self
 
 
-def recognises(model: nn.Module) -> bool:
-    return any((base.__module__, base.__name__) in _CLASSES for base in type(model).__mro__)
+def _current(module: Patched) -> Any:
+    """The forward that `module` runs in. Raises RuntimeError outside of one."""
+    current = running(module.everest)
+    if current is None:
+        raise RuntimeError(
+            f"{type(module).__qualname__} of a patched model was called outside its model's forward: call the model,"
+            " forward_features or forward_intermediates, or unpatch_videomae(model) for the image model"
+        )
+    return current
 
 
-def check_patchable(model: Any) -> None:
-    """Raise TypeError or ValueError for a timm model whose parts a patch would silently replace or contradict."""
-    name = type(model).__qualname__
-    own: Any = model._everest_bases[1] if isinstance(model, VideoTransformer) else type(model)
-    embedding = model.patch_embed
-    embeds = embedding._everest_bases[1] if isinstance(embedding, TubeletEmbedding) else type(embedding)
-    if own._pos_embed.__qualname__ not in _POSITIONS or (embeds.__module__, embeds.__name__) != (
-        "timm.layers.patch_embed",
-        "PatchEmbed",
-    ):
-        raise TypeError(f"{name} embeds patches or positions in its own way; patchable are {PATCHABLE}")
-    if not isinstance(model, VideoTransformer):
-        proj = embedding.proj
-        if isinstance(embedding, TubeletEmbedding):
-            raise TypeError("a model that this one is part of is patched already: unpatch that first")
-        plain = type(proj) is nn.Conv2d and is_unhooked(proj)
-        if not plain or proj.kernel_size != proj.stride or any(proj.padding) or proj.groups != 1:
-            raise TypeError(f"expected {name}.patch_embed.proj as a Conv2d over patches without hooks, got {proj}")
-    if getattr(getattr(model, "attn_pool", None), "pos_embed", None) is not None:
-        raise TypeError(f"{name} pools with positions of its own, which kept tokens don't have")
-    if model.pos_embed is not None and _prefix_positions(model) not in (0, model.num_prefix_tokens):
-        raise TypeError(f"{name} has {_prefix_positions(model)} positions for {model.num_prefix_tokens} prefix tokens")
-    if getattr(model.patch_drop, "prob", 0):
-        raise ValueError("patch dropout and token selection both drop tokens: build the model with patch_drop_rate=0")
+class TimmViT(Host):
+    patchable = (
+        "timm's VisionTransformer (ViT, DeiT, FlexiViT, CLIP, SigLIP, DINOv2) and Eva (EVA-02, DINOv3) image models"
+    )
+    channels_first = True
+    options = ("drop_path", "num_frames", "tubelet_size", "temporal_embedding")  # its attention is fused already
 
+    def recognises(self, root: nn.Module) -> bool:
+        return any((base.__module__, base.__name__) in _CLASSES for base in type(root).__mro__)
 
-def task_of(model: nn.Module) -> str:
-    return "encoder"
+    def check(self, root: Any) -> None:
+        """Raise TypeError or ValueError for a timm model whose parts a patch would silently replace or contradict."""
+        name, embedding = type(root).__qualname__, root.patch_embed
+        own: Any = own_class(root)
+        embeds = own_class(embedding)
+        usual = own._pos_embed.__qualname__ in _POSITIONS
+        if not usual or (embeds.__module__, embeds.__name__) != ("timm.layers.patch_embed", "PatchEmbed"):
+            raise TypeError(f"{name} embeds patches or positions in its own way; patchable are {self.patchable}")
+        if not isinstance(root, VideoTransformer):
+            proj = embedding.proj
+            plain = type(proj) is nn.Conv2d and is_unhooked(proj)
+            if not plain or proj.kernel_size != proj.stride or any(proj.padding) or proj.groups != 1:
+                raise TypeError(f"expected {name}.patch_embed.proj as a Conv2d over patches without hooks, got {proj}")
+        if getattr(getattr(root, "attn_pool", None), "pos_embed", None) is not None:
+            raise TypeError(f"{name} pools with positions of its own, which kept tokens don't have")
+        if root.pos_embed is not None and _prefix_positions(root) not in (0, root.num_prefix_tokens):
+            raise TypeError(
+                f"{name} has {_prefix_positions(root)} positions for {root.num_prefix_tokens} prefix tokens"
+            )
+        if getattr(root.patch_drop, "prob", 0):
+            raise ValueError(
+                "patch dropout and token selection both drop tokens: build the model with patch_drop_rate=0"
+            )
 
+    def embeds(self, root: Any) -> nn.Module:
+        return root.patch_embed
 
-def shape_of(model: Any) -> ModelShape:
-    """What its forward multiplies, of an image before patching. Raises as `check_patchable`."""
-    check_patchable(model)
-    embedding = model.patch_embed
-    weight = embedding.proj.weight
-    if isinstance(model, VideoTransformer):
+    def grid(self, root: Any, options: PatchOptions) -> Grid:
+        check_stochastic_depth(root.blocks, options.drop_path)
+        for name in ("num_frames", "tubelet_size"):
+            value = getattr(options, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if options.temporal_embedding not in TEMPORAL_EMBEDDINGS:
+            known = ", ".join(map(repr, TEMPORAL_EMBEDDINGS))
+            raise ValueError(f"temporal_embedding must be one of {known}, got {options.temporal_embedding!r}")
+        if options.temporal_embedding == "sincos" and root.embed_dim % 2:
+            raise ValueError(f"temporal_embedding='sincos' needs an even width, got {root.embed_dim}")
+        embedding = root.patch_embed
+        return TubeletSize(options.tubelet_size, *embedding.patch_size).grid(options.num_frames, *embedding.img_size)
+
+    def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
+        """An image before patching."""
+        embedding = root.patch_embed
+        weight = embedding.proj.weight
+        if not isinstance(root, VideoTransformer):
+            return (1, weight.shape[1], *embedding.img_size), (1, *embedding.grid_size), weight.shape[0]
         size = TubeletSize(weight.shape[2], *embedding.patch_size)
         grid = size.grid(embedding.num_frames, *embedding.img_size)
-    else:
-        grid = (1, *embedding.grid_size)
-    encoder = blocks_of(model.blocks, (_attention_width(part) for block in model.blocks for part in block.modules()))
-    pool = getattr(model, "attn_pool", None)
-    head, pooled = linear_macs(*(getattr(model, name) for name in ("head", "head_dist") if hasattr(model, name))), 0
-    if pool is not None:
-        if not hasattr(pool, "kv"):
-            raise TypeError(f"count_flops doesn't know what {type(pool).__qualname__} costs")
-        # Keys, values and two products with one latent query see every token, the rest of the pooling the clip once.
-        pooled = linear_macs(pool.kv) + 2 * model.embed_dim
-        head += linear_macs(pool) - linear_macs(pool.kv)
-    return ModelShape(
-        grid,
-        projection_macs(embedding.proj),
-        weight.shape[0],
-        encoder,
-        prefix=model.num_prefix_tokens,
-        head_per_token=pooled,
-        head_per_clip=head,
-        head_drops_prefix=not getattr(model, "pool_include_prefix", True),
-    )
+        frames = size.frames * root.everest.num_candidates(grid[0])
+        return (1, weight.shape[1], frames, *embedding.img_size), grid, weight.shape[0]
 
+    def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
+        return [(root.patch_embed, Tubelets), (root, VideoTransformer)]
 
-def model_grid(model: Any, options: PatchOptions) -> Grid:
-    """The grid of the clips that it will take. Raises ValueError for options that don't fit it."""
-    options.refuse_others(
-        "a timm model", "drop_path", "num_frames", "tubelet_size", "temporal_embedding"
-    )  # its attention is fused already
-    check_stochastic_depth(model.blocks, options.drop_path)
-    for name in ("num_frames", "tubelet_size"):
-        value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if options.temporal_embedding not in TEMPORAL_EMBEDDINGS:
-        known = ", ".join(map(repr, TEMPORAL_EMBEDDINGS))
-        raise ValueError(f"temporal_embedding must be one of {known}, got {options.temporal_embedding!r}")
-    if options.temporal_embedding == "sincos" and model.embed_dim % 2:
-        raise ValueError(f"temporal_embedding='sincos' needs an even width, got {model.embed_dim}")
-    embedding = model.patch_embed
-    return TubeletSize(options.tubelet_size, *embedding.patch_size).grid(options.num_frames, *embedding.img_size)
+    def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
+        embedding = root.patch_embed
+        root._steps = None
+        if options.temporal_embedding == "sincos":
+            table = sincos_table(options.num_frames // options.tubelet_size, root.embed_dim)
+            root._steps = ConstantTable(table * math.sqrt(2), embedding.proj.weight.device)
+        if not hasattr(embedding, "_everest_image"):  # else patched again, with the kernel that it has
+            _inflate(embedding, options.tubelet_size)
+        embedding.num_frames = options.num_frames
+        if options.drop_path:
+            set_stochastic_depth(root.blocks, options.drop_path)
 
+    def replaces_parameters(self, root: Any, options: PatchOptions | None) -> bool:
+        """All but another patch with tubelets of the same size gives it another projection."""
+        again = isinstance(root, VideoTransformer) and options is not None
+        return not (again and root.patch_embed.proj.weight.shape[2] == options.tubelet_size)  # type: ignore[union-attr]
 
-def attach(model: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
-    """Make `model` take clips and select by `policy`. It must be unpatched."""
-    embedding = model.patch_embed
-    model._given = model._steps = None
-    if options.temporal_embedding == "sincos":
-        table = sincos_table(options.num_frames // options.tubelet_size, model.embed_dim)
-        model._steps = ConstantTable(table * math.sqrt(2), embedding.proj.weight.device)
-    if not hasattr(embedding, "_everest_image"):  # else patched again, with the kernel that it has
-        _inflate(embedding, options.tubelet_size)
-    patch_class(embedding, TubeletEmbedding)
-    embedding.request = embedding.ready = None
-    embedding.num_frames = options.num_frames
-    embedding.everest = model.everest = policy
-    patch_class(model, VideoTransformer)
-    if options.drop_path:
-        set_stochastic_depth(model.blocks, options.drop_path)
+    def check_detachable(self, root: Any) -> None:
+        proj = root.patch_embed.proj
+        if type(proj) is not nn.Conv3d:
+            adapter = f"{type(proj).__module__}.{type(proj).__qualname__}"
+            raise TypeError(f"patch_embed.proj is a {adapter} now: unload the adapter first")
 
+    def restore(self, root: Any, again: PatchOptions | None) -> None:
+        """Give the image's kernel back: as it was where the tubelets' is untouched, else that one summed over time.
 
-def keeps_projection(model: Any, options: PatchOptions) -> bool:
-    """Whether a patch leaves the projection as it is: the model is patched already, with tubelets of the same size."""
-    return isinstance(model, VideoTransformer) and model.patch_embed.proj.weight.shape[2] == options.tubelet_size
+        Patched `again` with tubelets of the same size, the model keeps its projection.
+        """
+        restore_stochastic_depth(root.blocks)
+        embedding = root.patch_embed
+        video, (image,) = embedding.proj, embedding._everest_image
+        weight = video.weight.detach()
+        if again is not None and again.tubelet_size == weight.shape[2]:
+            return
+        untouched = weight.is_meta or torch.equal(weight, _inflated(image.weight, weight.shape[2]).to(weight))
+        image.to(weight.device, weight.dtype)
+        image.weight.requires_grad_(video.weight.requires_grad)
+        if not untouched:
+            image.weight = nn.Parameter(weight.sum(dim=2), video.weight.requires_grad)
+            logger.info("the patch embedding was trained on tubelets: the image model gets its kernel summed over time")
+        image.bias = video.bias
+        embedding.proj = image.train(video.training)
+        del embedding._everest_image
 
 
 def _inflate(embedding: Any, frames: int) -> None:
@@ -284,57 +287,11 @@ def _inflate(embedding: Any, frames: int) -> None:
     embedding._everest_image = (image,)  # in a tuple, so that it is no part of the model
 
 
-def detach(model: Any, again: PatchOptions | None) -> None:
-    """Give the image model back: as it was where the kernel is untouched, else with the kernel summed over time.
-
-    Patched `again` with tubelets of the same size, it keeps its projection.
-    """
-    embedding = model.patch_embed
-    if type(embedding.proj) is not nn.Conv3d:
-        adapter = f"{type(embedding.proj).__module__}.{type(embedding.proj).__qualname__}"
-        raise TypeError(f"patch_embed.proj is a {adapter} now: unload the adapter first")
-    restore_stochastic_depth(model.blocks)
-    video, (image,) = embedding.proj, embedding._everest_image
-    restore_class(embedding)
-    for name in ("request", "ready", "num_frames", "everest"):
-        delattr(embedding, name)
-    weight = video.weight.detach()
-    if again is None or again.tubelet_size != weight.shape[2]:
-        untouched = weight.is_meta or torch.equal(weight, _inflated(image.weight, weight.shape[2]).to(weight))
-        image.to(weight.device, weight.dtype)
-        image.weight.requires_grad_(video.weight.requires_grad)
-        if not untouched:
-            image.weight = nn.Parameter(weight.sum(dim=2), video.weight.requires_grad)
-            logger.info("the patch embedding was trained on tubelets: the image model gets its kernel summed over time")
-        image.bias = video.bias
-        embedding.proj = image.train(video.training)
-        del embedding._everest_image
-    restore_class(model)
-    del model._given, model._steps, model.everest
-
-
-def select(model: Any, clips: Tensor, generator: torch.Generator | None) -> TokenSelection:
-    """Select without running the encoder."""
-    return select_by(model.patch_embed, clips, generator)
-
-
 def _inflated(kernel: Tensor, frames: int) -> Tensor:
     """(D, C, p, q) → (D, C, frames, p, q), whose sum over time is the kernel."""
     return (kernel.detach() / frames).unsqueeze(2).repeat(1, 1, frames, 1, 1)
 
 
-def _prefix_positions(model: Any) -> int:
+def _prefix_positions(root: Any) -> int:
     """How many rows of the position embedding belong to prefix tokens."""
-    return model.pos_embed.shape[1] - model.patch_embed.num_patches
-
-
-def _attention_width(module: Any) -> int:
-    """Channels of all heads, 0 for what is no attention. Raises TypeError for attention of another cost."""
-    if not hasattr(module, "num_heads"):
-        return 0
-    if any("lambda" in name for name, _ in module.named_parameters(recurse=False)):
-        raise TypeError(f"count_flops doesn't know what {type(module).__qualname__} costs")
-    if getattr(module, "qkv", None) is not None:
-        return module.qkv.out_features // 3
-    query = getattr(module, "q_proj", None)
-    return module.num_heads * module.head_dim if query is None else query.out_features
+    return root.pos_embed.shape[1] - root.patch_embed.num_patches

@@ -1,78 +1,79 @@
 """Host: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification and VideoMAEModel, patched in place.
 
-Only the embeddings and the pre-training root get another class. `VideoMAEModel` and its blocks keep theirs, which carry
-transformers' capturing of hidden states and attentions; the selection passes through them in the place of
-`bool_masked_pos`.
+`VideoMAEModel` and its blocks keep their class, which carries transformers' capturing of hidden states and attentions.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers.models.videomae import modeling_videomae as original
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.generic import can_return_tuple
 
-from everest_tokens.hosts import checkpoint_numbers
-from everest_tokens.hosts.constant_table import ConstantTable
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
+from everest_tokens import numerics
+from everest_tokens.hosts.base import Host
 from everest_tokens.hosts.patch_options import PatchOptions
-from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, checked_selection, visible_tokens
-from everest_tokens.selection import LiveSettings, SelectionPolicy, TokenSelection, source_positions
-from everest_tokens.selectors import Grid
-from everest_tokens.tubelets import TubeletSize, gather_tubelets, is_unhooked
+from everest_tokens.hosts.patched_class import Patched, own_class
+from everest_tokens.hosts.running import forward_of
+from everest_tokens.hosts.stochastic_depth import add_drop_path, remove_drop_path
+from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
+from everest_tokens.policy import SelectionPolicy
+from everest_tokens.positions import ConstantTable
+from everest_tokens.selection import TokenSelection, source_positions
+from everest_tokens.tubelets import Grid, TubeletSize, gather_tubelets
 
-PATCHABLE = "transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification and VideoMAEModel"
+
+class Tubelets(TubeletEmbedding):
+    """`VideoMAEPatchEmbeddings` that hands on the visible tokens."""
+
+    def geometry(self, clips: Any = None) -> tuple[TubeletSize, Grid, tuple[int, int]]:
+        size = TubeletSize(self.tubelet_size, *self.patch_size)
+        height, width = self.image_size
+        steps = self.num_patches // ((height // size.height) * (width // size.width))
+        return size, size.grid(size.frames * steps, height, width), (height, width)
+
+    def channels(self) -> int:
+        return self.num_channels
+
+    def runs_without_clips(self) -> bool:
+        # Its attention leaves a size of its views to be worked out; in older releases it names all of them.
+        return hasattr(original.VideoMAESelfAttention, "transpose_for_scores")
+
+    def only_projects(self) -> bool:
+        return own_class(self) is original.VideoMAEPatchEmbeddings
 
 
-class VideoMAEEmbeddings(original.VideoMAEEmbeddings):
-    """Embeds the whole clip once, selects, and passes on the visible tokens only."""
+class Embeddings(Patched):
+    """`VideoMAEEmbeddings` of the visible tokens, with their positions."""
 
-    everest: SelectionPolicy
+    patched_attributes = ("_positions", "_warned_of_mask")
     _positions: ConstantTable  # (N, D) float32
     _warned_of_mask = False
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: SelectionRequest | None = None) -> Tensor:
-        """(B, T, C, H, W) → visible tokens with their positions, (B, V, D); fills in the request."""
-        size, grid = geometry(self)
-        patches = self.patch_embeddings
-        frames = size.frames * self.everest.num_candidates(grid[0])
-        height, width = patches.image_size
-        expected = {"frames": frames, "channels": patches.num_channels, "height": height, "width": width}
-        check_clips(pixel_values, expected, self.everest, self.config.num_frames, "pixel_values")
-        request = bool_masked_pos or SelectionRequest()
-        tokens = visible_tokens(
-            self.everest,
-            request,
-            partial(patches, pixel_values),
-            pixel_values,
-            patches.projection,
-            size,
-            grid,
-            training=self.training,
-            only_projects=type(patches) is original.VideoMAEPatchEmbeddings and is_unhooked(patches),
-        )
-        assert request.selection is not None  # filled in with the tokens
-        return tokens + self._positions.to(tokens.device).to(tokens.dtype)[request.selection.visible]
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Any = None) -> Tensor:
+        """(B, T, C, H, W) → visible tokens with their positions, (B, V, D)."""
+        if bool_masked_pos is not None and not torch.compiler.is_compiling() and not self._warned_of_mask:
+            self._warned_of_mask = True
+            warnings.warn("bool_masked_pos is ignored: the patched model selects its own tokens", stacklevel=2)
+        with forward_of(self.everest) as current:
+            tokens = self.patch_embeddings(pixel_values)
+            return tokens + self._positions.to(tokens.device).to(tokens.dtype)[current.selection.visible]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self._positions.to(next(self.patch_embeddings.parameters()).device)
+        self._positions.follow(self)
         return self
 
 
-class VideoMAEForPreTraining(original.VideoMAEForPreTraining):
+class PreTraining(Patched):
     """Predicts the pixels of the kept tokens that are not visible (Eq. 3)."""
 
-    everest: SelectionPolicy
+    patched_attributes = ("_positions", "_pixel_statistics")
     _positions: ConstantTable  # (N, decoder D) float32
     _pixel_statistics: ConstantTable  # (2, 3) float32: mean and standard deviation of the processor's normalisation
 
@@ -94,13 +95,12 @@ class VideoMAEForPreTraining(original.VideoMAEForPreTraining):
         config = self.config
         if config.num_channels != 3 and not config.norm_pix_loss:
             raise ValueError(f"norm_pix_loss=False needs RGB pixels to unnormalise, got {config.num_channels} channels")
-        if bool_masked_pos is not None:
-            _ignore_mask(self.videomae.embeddings)
-        request = SelectionRequest(checked_selection(kwargs.pop("token_selection", None)))
-        outputs = self.videomae(pixel_values, bool_masked_pos=request, **kwargs)
-        selection = request.selection
-        assert selection is not None  # filled in by the embeddings
-        assert selection.target is not None
+        with forward_of(self.everest, kwargs.pop("token_selection", None)) as current:
+            # Handed on as an argument too: should the encoder be run again for its gradients, this forward is over.
+            outputs = self.videomae(
+                pixel_values, bool_masked_pos=bool_masked_pos, token_selection=current.given, **kwargs
+            )
+            selection = current.selection
 
         seen = self.encoder_to_decoder(outputs.last_hidden_state)  # (B, V, decoder D)
         positions = self._positions.to(seen.device).to(pixel_values.dtype)
@@ -112,182 +112,117 @@ class VideoMAEForPreTraining(original.VideoMAEForPreTraining):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    # Which keywords go on to the encoder, for what reads the signature.
+    forward.__annotations__["kwargs"] = original.VideoMAEForPreTraining.forward.__annotations__.get("kwargs", Any)
+
     @torch.no_grad()
     def _targets(self, pixel_values: Tensor, selection: TokenSelection) -> Tensor:
         """What transformers computes for every token, for the targets only: (B, M, frames·height·width·C)."""
         assert selection.target is not None
-        size, grid = geometry(self.videomae.embeddings)
+        patches = self.videomae.embeddings.patch_embeddings
+        size, grid, _ = patches.geometry()
         source = source_positions(selection.target, selection.steps, grid)
-        patches = gather_tubelets(pixel_values, source, size)
-        patches = rearrange(patches, "b m c f p q -> b m (f p q) c")
+        pixels = rearrange(gather_tubelets(pixel_values, source, size), "b m c f p q -> b m (f p q) c")
         if self.config.num_channels == 3:
-            mean, std = self._pixel_statistics.to(patches.device).to(patches.dtype).unbind(0)
-            patches = patches * std + mean  # back to [0, 1]
+            mean, std = self._pixel_statistics.to(pixels.device).to(pixels.dtype).unbind(0)
+            pixels = pixels * std + mean  # back to [0, 1]
         if self.config.norm_pix_loss:
-            centred = patches - patches.mean(dim=2, keepdim=True)
-            patches = centred / (patches.var(dim=2, unbiased=True, keepdim=True).sqrt() + 1e-6)
-        return patches.flatten(2)
+            centred = pixels - pixels.mean(dim=2, keepdim=True)
+            pixels = centred / (pixels.var(dim=2, unbiased=True, keepdim=True).sqrt() + 1e-6)
+        return pixels.flatten(2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self._positions.to(self.mask_token.device)
-        self._pixel_statistics.to(self.mask_token.device)
+        self._positions.follow(self)
+        self._pixel_statistics.follow(self)
         return self
 
 
-def geometry(embeddings: original.VideoMAEEmbeddings) -> tuple[TubeletSize, Grid]:
-    """The tubelet size and the grid (τ, h, w) that the model runs. Raises ValueError for fewer than two time steps."""
-    patches = embeddings.patch_embeddings
-    size = TubeletSize(patches.tubelet_size, *patches.patch_size)
-    return size, size.grid(embeddings.config.num_frames, *patches.image_size)
+class TransformersVideoMAE(Host):
+    patchable = "transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification and VideoMAEModel"
+    options = ("drop_path",)  # its attention is chosen by attn_implementation
+
+    def recognises(self, root: nn.Module) -> bool:
+        own = isinstance(root, original.VideoMAEPreTrainedModel) and hasattr(root, "videomae")
+        return own or isinstance(getattr(root, "videomae", root), original.VideoMAEModel)
+
+    def check(self, root: Any) -> None:
+        """Raise TypeError for a subclass whose own forward a patch would silently replace."""
+        if not isinstance(root, original.VideoMAEPreTrainedModel):
+            raise TypeError(
+                f"{type(root).__qualname__} has a VideoMAEModel inside: patch that, patch_videomae(model.videomae)"
+            )
+        swapped = [(_backbone(root).embeddings, original.VideoMAEEmbeddings)]
+        if self.task(root) == "pretraining":
+            swapped.append((root, original.VideoMAEForPreTraining))
+        for module, plain in swapped:
+            if own_class(module) is not plain:
+                raise TypeError(
+                    f"{type(module).__qualname__} is not {plain.__name__} itself; patchable are {self.patchable}"
+                )
+
+    def task(self, root: Any) -> str:
+        return "pretraining" if isinstance(root, original.VideoMAEForPreTraining) else "encoder"
+
+    def embeds(self, root: Any) -> nn.Module:
+        return _backbone(root).embeddings
+
+    def grid(self, root: Any, options: PatchOptions) -> Grid:
+        return Tubelets.geometry(_backbone(root).embeddings.patch_embeddings)[1]
+
+    def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
+        patches = _backbone(root).embeddings.patch_embeddings
+        size, grid, image = Tubelets.geometry(patches)
+        steps = root.everest.num_candidates(grid[0]) if hasattr(root, "everest") else grid[0]
+        return (1, size.frames * steps, patches.num_channels, *image), grid, root.config.hidden_size
+
+    def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
+        embeddings = _backbone(root).embeddings
+        pretraining = [(root, PreTraining)] if self.task(root) == "pretraining" else []
+        return [(embeddings.patch_embeddings, Tubelets), (embeddings, Embeddings), *pretraining]
+
+    def entries(self, root: Any) -> list[nn.Module]:
+        backbone = _backbone(root)
+        return [backbone] if self.task(root) == "pretraining" or backbone is root else [backbone, root]
+
+    def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
+        """Compute the numbers that the settings record, and put tables and stochastic depth where they belong."""
+        backbone = _backbone(root)
+        embeddings = backbone.embeddings
+        class_token = hasattr(embeddings, "cls_token") or policy.settings.get("class_token")
+        if hasattr(root, "classifier") and not root.config.use_mean_pooling and not class_token:
+            warnings.warn(
+                "use_mean_pooling=False: the classifier reads the first kept token alone. EVEREST averages them: "
+                "load the checkpoint with use_mean_pooling=True",
+                stacklevel=4,
+            )
+        numbers = numerics.numbers_in(policy.settings)
+        if numbers and not numerics.is_equipped(root):
+            numerics.equip(root, numbers)
+        policy.settings.update(numerics.numbers_of(root))
+        device = next(root.parameters()).device
+        embeddings._positions = ConstantTable(embeddings.position_embeddings[0], device)
+        if self.task(root) == "pretraining":
+            root._positions = ConstantTable(root.position_embeddings[0], device)
+            statistics = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device="cpu")
+            root._pixel_statistics = ConstantTable(statistics, device)
+        if options.drop_path:
+            add_drop_path(_branch_ends(backbone), options.drop_path)
+
+    def numbers(self, root: Any) -> dict[str, Any]:
+        return numerics.numbers_of(root)
+
+    def restore(self, root: Any, again: PatchOptions | None) -> None:
+        """A checkpoint's own numbers stay with the model, also in the next folder that is saved of it."""
+        remove_drop_path(_branch_ends(_backbone(root)))
+        if numerics.lacking(root) and not hasattr(root.config, "everest"):
+            root.config.everest = {"task": self.task(root), **numerics.numbers_of(root)}
 
 
-def _ignore_mask(embeddings: VideoMAEEmbeddings) -> None:
-    """Say once that a mask which existing code still passes has no effect."""
-    if not torch.compiler.is_compiling() and not embeddings._warned_of_mask:
-        embeddings._warned_of_mask = True
-        warnings.warn("bool_masked_pos is ignored: the patched model selects its own tokens", stacklevel=2)
+def _backbone(root: Any) -> Any:
+    return root if isinstance(root, original.VideoMAEModel) else root.videomae
 
 
-def _request_selection(
-    module: original.VideoMAEModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of VideoMAEModel: puts a `SelectionRequest` in the place of `bool_masked_pos`.
-
-    Its forward drops `token_selection`, but hands `bool_masked_pos` on to the embeddings.
-    """
-    selection = checked_selection(kwargs.pop("token_selection", None))
-    mask = args[1] if len(args) > 1 else kwargs.get("bool_masked_pos")
-    if isinstance(mask, SelectionRequest):  # the pre-training root's
-        return args, kwargs
-    if mask is not None:
-        _ignore_mask(module.embeddings)
-    return args[:1], {**kwargs, "bool_masked_pos": SelectionRequest(selection)}
-
-
-def task_of(model: original.VideoMAEPreTrainedModel) -> str:
-    """ "pretraining" for a model with a pixel decoder, else "encoder"."""
-    return "pretraining" if isinstance(model, original.VideoMAEForPreTraining) else "encoder"
-
-
-def recognises(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "videomae", model), original.VideoMAEModel)
-
-
-def check_patchable(model: nn.Module) -> None:
-    """Raise TypeError for a subclass whose own forward a patch would silently replace."""
-    swapped = [(_backbone(model).embeddings, original.VideoMAEEmbeddings, VideoMAEEmbeddings)]
-    if task_of(model) == "pretraining":
-        swapped.append((model, original.VideoMAEForPreTraining, VideoMAEForPreTraining))
-    for module, plain, patched in swapped:
-        if type(module) is not plain and not isinstance(module, patched):  # sharding subclasses what is patched
-            raise TypeError(f"{type(module).__qualname__} is not {plain.__name__} itself; patchable are {PATCHABLE}")
-    if hasattr(_backbone(model), "_everest_hook") != hasattr(model, "everest"):
-        raise TypeError("a part of this model, or a model that it is part of, is patched already: unpatch that first")
-
-
-def shape_of(model: original.VideoMAEPreTrainedModel) -> ModelShape:
-    """What its forward multiplies. Raises as `check_patchable`."""
-    check_patchable(model)
-    config, backbone = model.config, _backbone(model)
-    _, grid = geometry(backbone.embeddings)
-    encoder = blocks_of(backbone.encoder.layer, [config.hidden_size] * config.num_hidden_layers)
-    prefix = int(hasattr(backbone.embeddings, "cls_token"))
-    projection = projection_macs(backbone.embeddings.patch_embeddings.projection)
-    shape = ModelShape(grid, projection, config.hidden_size, encoder, prefix)
-    if task_of(model) == "pretraining":
-        widths = [config.decoder_hidden_size] * config.decoder_num_hidden_layers
-        decoder, head = blocks_of(model.decoder.decoder_layers, widths), linear_macs(model.decoder.head)
-        bridge = linear_macs(model.encoder_to_decoder)
-        return replace(shape, bridge=bridge, decoder=decoder, head_per_token=head)
-    if isinstance(model, original.VideoMAEForVideoClassification):
-        return replace(shape, head_per_clip=linear_macs(model.classifier))
-    return shape
-
-
-def model_grid(model: original.VideoMAEPreTrainedModel, options: PatchOptions) -> Grid:
-    options.refuse_others("a transformers VideoMAE", "drop_path")  # its attention is chosen by attn_implementation
-    return geometry(_backbone(model).embeddings)[1]
-
-
-def attach(model: original.VideoMAEPreTrainedModel, policy: SelectionPolicy, options: PatchOptions) -> None:
-    """Make `model` select by `policy`, and compute the numbers that its settings record. It must be unpatched."""
-    backbone = _backbone(model)
-    embeddings = backbone.embeddings
-    class_token = hasattr(embeddings, "cls_token") or policy.settings.get("class_token")
-    if hasattr(model, "classifier") and not model.config.use_mean_pooling and not class_token:
-        warnings.warn(
-            "use_mean_pooling=False: the classifier reads the first kept token alone. EVEREST averages them: "
-            "load the checkpoint with use_mean_pooling=True",
-            stacklevel=3,
-        )
-    numbers = checkpoint_numbers.numbers_in(policy.settings)
-    if numbers and not checkpoint_numbers.is_equipped(model):
-        checkpoint_numbers.equip(model, numbers)
-    policy.settings.update(checkpoint_numbers.numbers_of(model))
-    embeddings.__class__ = VideoMAEEmbeddings
-    embeddings.everest = model.everest = policy
-    device = next(model.parameters()).device
-    embeddings._positions = ConstantTable(embeddings.position_embeddings[0], device)
-    if task_of(model) == "pretraining":
-        model.__class__ = VideoMAEForPreTraining
-        model._positions = ConstantTable(model.position_embeddings[0], device)
-        model._pixel_statistics = ConstantTable(torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]), device)
-    backbone._everest_hook = backbone.register_forward_pre_hook(_request_selection, with_kwargs=True)
-    if options.drop_path:
-        rates = torch.linspace(0, options.drop_path, len(backbone.encoder.layer)).tolist()  # rising with depth
-        for rate, end in zip(rates, _branch_ends(backbone), strict=True):
-            for module in end:
-                module.dropout = nn.Sequential(module.dropout, DropPath(rate)).train(module.training)
-    if isinstance(getattr(model.config, "everest", None), LiveSettings):
-        _give_own_config(model)
-    model.config.everest = policy.settings
-
-
-def _give_own_config(model: original.VideoMAEPreTrainedModel) -> None:
-    """Two patched models that were built from one config object need one each: it holds their settings."""
-    shared, own = model.config, copy.copy(model.config)
-    for module in model.modules():
-        if module.__dict__.get("config") is shared:
-            module.config = own
-
-
-def detach(model: original.VideoMAEPreTrainedModel, again: PatchOptions | None) -> None:
-    """Undo `attach`; a checkpoint's own numbers stay with the model."""
-    backbone = _backbone(model)
-    backbone._everest_hook.remove()
-    del backbone._everest_hook
-    for end in _branch_ends(backbone):
-        for module in end:
-            if isinstance(module.dropout, nn.Sequential) and isinstance(module.dropout[-1], DropPath):
-                module.dropout = module.dropout[0]
-    if task_of(model) == "pretraining":
-        model.__class__ = original.VideoMAEForPreTraining
-        del model._positions, model._pixel_statistics
-    backbone.embeddings.__class__ = original.VideoMAEEmbeddings
-    del backbone.embeddings._positions, backbone.embeddings.everest
-    backbone.embeddings.__dict__.pop("_warned_of_mask", None)
-    if getattr(model.config, "everest", None) is model.everest.settings:
-        del model.config.everest
-        if checkpoint_numbers.lacking(model):  # what its numbers need stays with it, also in the next folder
-            model.config.everest = {"task": task_of(model), **checkpoint_numbers.numbers_of(model)}
-    del model.everest
-
-
-def select(
-    model: original.VideoMAEPreTrainedModel, pixel_values: Tensor, generator: torch.Generator | None
-) -> TokenSelection:
-    """Select without running the encoder."""
-    request = SelectionRequest(generator=generator, with_importance=True)
-    _backbone(model).embeddings(pixel_values, request)
-    assert request.selection is not None
-    return request.selection
-
-
-def _backbone(model: original.VideoMAEPreTrainedModel) -> original.VideoMAEModel:
-    return model if isinstance(model, original.VideoMAEModel) else model.videomae
-
-
-def _branch_ends(backbone: original.VideoMAEModel) -> list[tuple[Any, Any]]:
+def _branch_ends(backbone: Any) -> list[tuple[Any, Any]]:
     """The modules that end the two residual branches of each encoder block."""
     return [(layer.attention.output, layer.output) for layer in backbone.encoder.layer]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,69 +16,57 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from everest_tokens.hosts.model_shape import ModelShape, blocks_of, linear_macs, projection_macs
+from everest_tokens.hosts.base import Host
+from everest_tokens.hosts.fused_attention import FusedAttention, check_attention
 from everest_tokens.hosts.patch_options import PatchOptions
-from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
-from everest_tokens.hosts.selecting_model import SelectingModel, select_by
+from everest_tokens.hosts.patched_class import Patched, patch_class
+from everest_tokens.hosts.running import SelectingModel, forward_of, running
 from everest_tokens.hosts.stochastic_depth import (
     check_stochastic_depth,
     restore_stochastic_depth,
     set_stochastic_depth,
 )
-from everest_tokens.hosts.visible_tokens import SelectionRequest, check_clips, checked_selection, visible_tokens
-from everest_tokens.selection import SelectionPolicy, TokenSelection, source_positions
-from everest_tokens.selectors import Grid
-from everest_tokens.tubelets import TubeletSize, is_unhooked
-
-PATCHABLE = (
-    "fine-tuning models of VideoMAE, VideoMAE V2, MME, MVD and EVEREST and pre-training models of VideoMAE, V2 and"
-    " EVEREST, of those repositories' own classes"
-)
+from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
+from everest_tokens.policy import SelectionPolicy
+from everest_tokens.selection import TokenSelection, source_positions
+from everest_tokens.tubelets import Grid, TubeletSize, is_unhooked
 
 
-class TubeletEmbedding(Patched):
-    """A `patch_embed` that returns the visible tokens for as long as a request is with it, else all."""
+class Tubelets(TubeletEmbedding):
+    """A `patch_embed` that hands on the visible tokens within a forward of its model, all of them elsewhere."""
 
-    everest: SelectionPolicy
-    request: SelectionRequest | None
-    only_projects: bool  # whether its own forward does nothing but call `proj`
+    projection_name = "proj"
+    channels_first = True
+    argument = "clips"
+    patched_attributes = ("_only_projects",)
+
+    def geometry(self, clips: Any = None) -> tuple[TubeletSize, Grid, tuple[int, int]]:
+        size = TubeletSize(int(self.tubelet_size), *self.patch_size)
+        height, width = self.img_size
+        places = (height // size.height) * (width // size.width)
+        return size, size.grid(size.frames * (self.num_patches // places), height, width), (height, width)
+
+    def only_projects(self) -> bool:
+        return self._only_projects
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """(B, C, T, H, W) → visible tokens without positions, (B, V, D)."""
-        if self.request is None:
-            return super().forward(x, **kwargs)
-        size, grid = geometry(self)
-        height, width = self.img_size
-        frames = size.frames * self.everest.num_candidates(grid[0])
-        expected = {"channels": self.proj.weight.shape[1], "frames": frames, "height": height, "width": width}
-        check_clips(x, expected, self.everest, size.frames * grid[0], "clips")
-        return visible_tokens(
-            self.everest,
-            self.request,
-            partial(super().forward, x, **kwargs),
-            x.transpose(1, 2),
-            self.proj,
-            size,
-            grid,
-            training=self.training,
-            only_projects=self.only_projects and is_unhooked(self),
-        )
+        """(B, C, T, H, W) → tokens without positions, (B, V, D)."""
+        return self.embed(x, **kwargs) if running(self.everest) is None else super().forward(x, **kwargs)
 
 
 class FineTuning(SelectingModel):
     """A classifier of which only the informative tokens reach the blocks."""
 
-    patch_embed: TubeletEmbedding
     _table: Tensor | None  # the model's own `pos_embed` where that is a plain tensor
 
     @property
     def pos_embed(self) -> Tensor | None:
         """The table (1, N, D); from tubelet embedding to the end of a forward the visible tokens' rows, (B, V, D)."""
         table = {**self._buffers, **self._parameters}.get("pos_embed", self._table)
-        request = self.patch_embed.request
-        if table is None or request is None or request.selection is None:
+        current = running(self.everest)
+        if table is None or current is None or current.selection is None:
             return table
-        visible = request.selection.visible
+        visible = current.selection.visible
         return table[0].to(visible.device)[visible]
 
     @pos_embed.setter
@@ -95,16 +82,11 @@ class FineTuning(SelectingModel):
 class PreTrainingEncoder(Patched):
     """Encodes the visible tokens, without a boolean mask."""
 
-    def forward(self, x: Tensor, request: SelectionRequest) -> Tensor:
-        """(B, C, T, H, W) → (B, V, D); fills in the request."""
-        embedding = self.patch_embed
-        embedding.request = request
-        try:
-            tokens = embedding(x)
-        finally:
-            embedding.request = None
-        assert request.selection is not None
-        tokens = tokens + _rows(self.pos_embed, request.selection.visible, tokens.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) → (B, V, D)."""
+        with forward_of(self.everest) as current:
+            tokens = self.patch_embed(x)
+            tokens = tokens + _rows(self.pos_embed, current.selection.visible, tokens.dtype)
         for block in self.blocks:
             if getattr(self, "use_checkpoint", False) or getattr(self, "with_cp", False):
                 tokens = checkpoint(block, tokens, use_reentrant=False)
@@ -121,8 +103,6 @@ class PreTrainingEncoder(Patched):
 class PreTraining(Patched):
     """Predicts the pixels of the kept tokens that are not visible (Eq. 3)."""
 
-    everest: SelectionPolicy
-
     def forward(
         self, x: Tensor, mask: Any = None, decode_mask: Any = None, *, token_selection: TokenSelection | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -136,11 +116,9 @@ class PreTraining(Patched):
             The prediction (B, M, frames·height·width·C) in the order of `TokenSelection.target`, and (visible_mask,
             target_mask), (B, N) bool over the tokens of `x`, True where a token is *not* in the set.
         """
-        request = SelectionRequest(checked_selection(token_selection))
-        seen = self.encoder_to_decoder(self.encoder(x, request))  # (B, V, decoder D)
-        selection = request.selection
-        assert selection is not None
-        assert selection.target is not None
+        with forward_of(self.everest, token_selection) as current:
+            seen = self.encoder_to_decoder(self.encoder(x))  # (B, V, decoder D)
+            selection = current.selection
         asked = self.mask_token + _rows(self.pos_embed, selection.target, x.dtype)
         seen = seen + _rows(self.pos_embed, selection.visible, x.dtype)  # as these models: in the clip's dtype
         prediction = self.decoder(torch.cat([seen, asked], dim=1), selection.target.shape[1])
@@ -153,151 +131,116 @@ class PreTraining(Patched):
         return self
 
 
-class FusedAttention(Patched):
-    """The family's attention through `scaled_dot_product_attention`."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) → (B, N, D)."""
-        batch, count, _ = tokens.shape
-        bias = None
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        products = nn.functional.linear(tokens, self.qkv.weight, bias)
-        query, key, value = products.view(batch, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_drop.p if self.training else 0.0
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
-        return self.proj_drop(self.proj(mixed.transpose(1, 2).reshape(batch, count, -1)))
-
-
-def geometry(embedding: Any) -> tuple[TubeletSize, Grid]:
-    """The tubelet size and the grid (τ, h, w) that the model runs. Raises ValueError for fewer than two time steps."""
-    size = TubeletSize(int(embedding.tubelet_size), *embedding.patch_size)
-    height, width = embedding.img_size
-    places = (height // size.height) * (width // size.width)
-    return size, size.grid(size.frames * (embedding.num_patches // places), height, width)
-
-
-def recognises(model: nn.Module) -> bool:
-    return _fine_tunes(model) or _pretrains(model) or _predicts_features(model)
-
-
-def check_patchable(model: Any) -> None:
-    """Raise TypeError for a part of a patched model, and for a pre-training model whose targets are not pixels."""
-    embedding = getattr(_encoder(model), "patch_embed", None)
-    if isinstance(embedding, TubeletEmbedding) and not isinstance(model, Patched):
-        raise TypeError("a part of this model, or a model that it is part of, is patched already: unpatch that first")
-    table = getattr(_encoder(model), "pos_embed", None)
-    if isinstance(table, Tensor) and embedding is not None and table.shape[1] != embedding.num_patches:
-        raise TypeError(
-            f"{type(model).__qualname__} has {table.shape[1]} positions for {embedding.num_patches} tubelets;"
-            f" patchable are {PATCHABLE}"
-        )
-    if _predicts_features(model):
-        raise TypeError(
-            f"{type(model).__qualname__} predicts other targets than pixels (MME: motion, MVD: teachers' features), "
-            f"so its kept tokens are not its loss's; patchable are {PATCHABLE}"
-        )
-
-
-def task_of(model: nn.Module) -> str:
-    """ "pretraining" for a model with a pixel decoder, else "encoder"."""
-    return "pretraining" if _pretrains(model) else "encoder"
-
-
-def shape_of(model: Any) -> ModelShape:
-    """What its forward multiplies. Raises as `check_patchable`."""
-    check_patchable(model)
-    encoder = model.encoder if _pretrains(model) else model
-    weight = encoder.patch_embed.proj.weight
-    prefix = int(getattr(encoder, "cls_token", None) is not None)
-    shape = ModelShape(
-        geometry(encoder.patch_embed)[1],
-        projection_macs(encoder.patch_embed.proj),
-        weight.shape[0],
-        _blocks(encoder.blocks),
-        prefix,
+class VideoMAEFamily(Host):
+    patchable = (
+        "fine-tuning models of VideoMAE, VideoMAE V2, MME, MVD and EVEREST and pre-training models of VideoMAE, V2 and"
+        " EVEREST, of those repositories' own classes"
     )
-    if not _pretrains(model):
-        return replace(shape, head_per_clip=linear_macs(model.head))
-    return replace(
-        shape,
-        bridge=linear_macs(model.encoder_to_decoder),
-        decoder=_blocks(model.decoder.blocks),
-        head_per_token=linear_macs(model.decoder.head),
-    )
+    channels_first = True
+    options = ("drop_path", "fused_attention")
+
+    def recognises(self, root: nn.Module) -> bool:
+        return _fine_tunes(root) or _pretrains(root) or _predicts_features(root)
+
+    def check(self, root: Any) -> None:
+        """Raise TypeError for a pre-training model whose targets are not pixels, and for what drops tokens itself."""
+        name, embedding = type(root).__qualname__, getattr(_encoder(root), "patch_embed", None)
+        table = getattr(_encoder(root), "pos_embed", None)
+        if isinstance(table, Tensor) and embedding is not None and table.shape[1] != embedding.num_patches:
+            raise TypeError(
+                f"{name} has {table.shape[1]} positions for {embedding.num_patches} tubelets; patchable are"
+                f" {self.patchable}"
+            )
+        if _predicts_features(root):
+            raise TypeError(
+                f"{name} predicts other targets than pixels (MME: motion, MVD: teachers' features), "
+                f"so its kept tokens are not its loss's; patchable are {self.patchable}"
+            )
+        if not _pretrains(root):
+            if isinstance(getattr(root, "mask_ratio", None), (int, float)) and root.mask_ratio > 0:
+                raise ValueError(
+                    f"{name}.mask_ratio is {root.mask_ratio}: it drops tokens of its own, which selecting would drop a"
+                    " second time: set it to 0"
+                )
+            return
+        if isinstance(root, Patched):
+            return
+        asked = [each.name for each in _parameters(root.forward) if each.default is each.empty]
+        if len(asked) > 3:
+            raise TypeError(
+                f"{name}.forward needs {', '.join(asked)}: its objective is more than pixels; patchable are"
+                f" {self.patchable}"
+            )
+        if len(_parameters(root.encoder.forward)) < 2:
+            raise TypeError(
+                f"{name}.encoder.forward takes no mask, so it chooses its tokens, and its loss, by itself; patchable"
+                f" are {self.patchable}"
+            )
+
+    def task(self, root: Any) -> str:
+        return "pretraining" if _pretrains(root) else "encoder"
+
+    def embeds(self, root: Any) -> nn.Module:
+        return _encoder(root).patch_embed
+
+    def grid(self, root: Any, options: PatchOptions) -> Grid:
+        check_stochastic_depth(_encoder(root).blocks, options.drop_path)
+        if options.fused_attention:
+            for number, block in enumerate(_all_blocks(root)):
+                check_attention(number, block.attn)
+        return Tubelets.geometry(_encoder(root).patch_embed)[1]
+
+    def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
+        embedding = _encoder(root).patch_embed
+        size, grid, image = Tubelets.geometry(embedding)
+        steps = root.everest.num_candidates(grid[0]) if hasattr(root, "everest") else grid[0]
+        weight = embedding.proj.weight
+        return (1, weight.shape[1], size.frames * steps, *image), grid, weight.shape[0]
+
+    def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
+        if _pretrains(root):
+            return [(root.encoder.patch_embed, Tubelets), (root.encoder, PreTrainingEncoder), (root, PreTraining)]
+        return [(root.patch_embed, Tubelets), (root, FineTuning)]
+
+    def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
+        encoder = _encoder(root)
+        embedding = encoder.patch_embed
+        device = embedding.proj.weight.device
+        embedding._only_projects = _only_projects(embedding)
+        if _pretrains(root):
+            for module in (root, encoder):
+                _move_table(module, "pos_embed", device)
+        else:
+            root._table = root.__dict__.pop("pos_embed", None)
+            _move_table(root, "_table", device)
+            if getattr(root, "mcm", False):  # EVEREST's own selection
+                root.mcm, root._everest_mcm = False, True
+        if options.fused_attention:
+            for block in _all_blocks(root):
+                patch_class(block.attn, FusedAttention)
+        if options.drop_path:
+            set_stochastic_depth(encoder.blocks, options.drop_path)
+
+    def restore(self, root: Any, again: PatchOptions | None) -> None:
+        restore_stochastic_depth(_encoder(root).blocks)
+        if "_table" in root.__dict__:
+            table = root.__dict__.pop("_table")
+            if not hasattr(root, "pos_embed"):
+                root.pos_embed = table
+        if root.__dict__.pop("_everest_mcm", False):
+            root.mcm = True
 
 
-def model_grid(model: Any, options: PatchOptions) -> Grid:
-    options.refuse_others("a model of the VideoMAE family", "drop_path", "fused_attention")
-    check_stochastic_depth(_encoder(model).blocks, options.drop_path)
-    if options.fused_attention:
-        for number, block in enumerate(_all_blocks(model)):
-            _check_attention(number, block.attn)
-    return geometry(_encoder(model).patch_embed)[1]
+def _encoder(root: Any) -> Any:
+    return root.encoder if _pretrains(root) else root
 
 
-def attach(model: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
-    """Make `model` select by `policy`. It must be unpatched."""
-    encoder = _encoder(model)
-    embedding = encoder.patch_embed
-    device = embedding.proj.weight.device
-    embedding.only_projects = _only_projects(embedding)
-    patch_class(embedding, TubeletEmbedding)
-    embedding.request = None
-    embedding.everest = model.everest = policy
-    if _pretrains(model):
-        patch_class(model, PreTraining)
-        patch_class(encoder, PreTrainingEncoder)
-        for module in (model, encoder):
-            _move_table(module, "pos_embed", device)
-    else:
-        model._table = model.__dict__.pop("pos_embed", None)
-        model._given = None
-        patch_class(model, FineTuning)
-        _move_table(model, "_table", device)
-        if getattr(model, "mcm", False):  # EVEREST's own selection
-            model.mcm, model._everest_mcm = False, True
-    if options.fused_attention:
-        for block in _all_blocks(model):
-            patch_class(block.attn, FusedAttention)
-    if options.drop_path:
-        set_stochastic_depth(encoder.blocks, options.drop_path)
+def _all_blocks(root: Any) -> list[Any]:
+    return [*_encoder(root).blocks, *(root.decoder.blocks if _pretrains(root) else ())]
 
 
-def detach(model: Any, again: PatchOptions | None) -> None:
-    """Undo `attach`."""
-    encoder = _encoder(model)
-    restore_stochastic_depth(encoder.blocks)
-    for block in _all_blocks(model):
-        if isinstance(block.attn, FusedAttention):
-            restore_class(block.attn)
-    restore_class(encoder.patch_embed)
-    for name in ("request", "everest", "only_projects"):
-        delattr(encoder.patch_embed, name)
-    del model.everest
-    restore_class(model)
-    if _pretrains(model):
-        restore_class(encoder)
-        return
-    table = model.__dict__.pop("_table")
-    del model._given
-    if not hasattr(model, "pos_embed"):
-        model.pos_embed = table
-    if model.__dict__.pop("_everest_mcm", False):
-        model.mcm = True
-
-
-def select(model: Any, clips: Tensor, generator: torch.Generator | None) -> TokenSelection:
-    """Select without running the encoder."""
-    return select_by(_encoder(model).patch_embed, clips, generator)
-
-
-def _encoder(model: Any) -> Any:
-    return model.encoder if _pretrains(model) else model
-
-
-def _all_blocks(model: Any) -> list[Any]:
-    return [*_encoder(model).blocks, *(model.decoder.blocks if _pretrains(model) else ())]
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
 
 
 def _embeds_tubelets(module: Any) -> bool:
@@ -308,11 +251,11 @@ def _embeds_tubelets(module: Any) -> bool:
 
 
 def _fine_tunes(model: Any) -> bool:
-    own = all(hasattr(model, name) for name in ("pos_embed", "head", "forward_features"))
+    own = all(hasattr(model, name) for name in ("pos_embed", "forward_features"))
     if not own or not (hasattr(model, "fc_norm") or hasattr(model, "norm")) or not _embeds_tubelets(model):
         return False
-    wanted = inspect.signature(model.forward_features).parameters.values()
-    return "mask" not in {parameter.name for parameter in wanted}  # that is a pre-training model's encoder
+    # A mask is what a pre-training model's encoder takes.
+    return "mask" not in {parameter.name for parameter in _parameters(model.forward_features)}
 
 
 def _pretrains(model: Any) -> bool:
@@ -331,23 +274,6 @@ def _predicts_features(model: Any) -> bool:
     return (with_decoders and not _pretrains(model)) or (teachers and _embeds_tubelets(model))
 
 
-def _blocks(blocks: Any) -> Any:
-    return blocks_of(blocks, (block.attn.qkv.out_features // 3 for block in blocks))
-
-
-def _check_attention(number: int, attention: Any) -> None:
-    """Raise ValueError where a block's attention is not the family's usual one."""
-    names = {name for name, _ in attention.named_parameters()}
-    usual = {"qkv.weight", "proj.weight", "proj.bias"}
-    parts = all(hasattr(attention, name) for name in ("num_heads", "attn_drop", "proj_drop", "q_bias", "v_bias"))
-    scaled = isinstance(getattr(attention, "scale", None), float)
-    if not parts or not scaled or names not in (usual, usual | {"q_bias", "v_bias"}):
-        raise ValueError(
-            f"fused_attention: the attention of block {number} ({type(attention).__qualname__}) is not a fused qkv with"
-            f" a fixed scale, its parameters are {', '.join(sorted(names))}"
-        )
-
-
 def _rows(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """table (1, N, D), index (B, M) → (B, M, D), detached as in these models."""
     return table[0].detach().to(index.device)[index].to(dtype)
@@ -355,16 +281,21 @@ def _rows(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def _only_projects(embedding: Any) -> bool:
-    """Whether an embedding is nothing but its convolution: tried, as its forward is not ours to read."""
+    """Whether an embedding is nothing but its convolution: tried, as its forward is not ours to read.
+
+    Not tried where a hook listens to the convolution, which would hear of it.
+    """
     weight = embedding.proj.weight
     if len(list(embedding.modules())) != 2 or len(list(embedding.parameters())) != len([*embedding.proj.parameters()]):
+        return False
+    if not is_unhooked(embedding.proj):
         return False
     if weight.is_meta:
         return True
     size = (1, weight.shape[1], 2 * weight.shape[2], *embedding.img_size)
     clip = torch.linspace(-1, 1, math.prod(size), device=weight.device).view(size).to(weight.dtype)
     projected = embedding.proj(clip).flatten(2).transpose(1, 2)
-    embedded = embedding(clip)
+    embedded = type(embedding).forward(embedding, clip)  # not called, for the same reason
     return embedded.shape == projected.shape and torch.equal(embedded, projected)
 
 
@@ -380,4 +311,5 @@ def _outside(index: Tensor, selection: TokenSelection, tokens: int) -> Tensor:
     """Positions (B, M) in the drawn clip → (B, N) bool over the clip passed in, True where a token is not there."""
     _, height, width = selection.grid
     everything = torch.ones(index.shape[0], tokens * height * width, dtype=torch.bool, device=index.device)
-    return everything.scatter(1, source_positions(index, selection.steps, selection.grid), False)
+    source = source_positions(index, selection.steps, selection.grid)
+    return everything.scatter(1, source, torch.zeros_like(source, dtype=torch.bool))  # a trace takes no bare False

@@ -1,7 +1,7 @@
 """Pre-train a small model on one clip until it knows it by heart, save it, and draw what it reconstructs.
 
-It shows what `everest-tokens visualize --draw reconstruction` draws, not what EVEREST learns: for that, give a model
-that was pre-trained on a data set. Takes some minutes on a CPU.
+It shows what `paper_figures.py reconstruction` draws, not what EVEREST learns: for that, give it a model that was
+pre-trained on a data set. Takes some minutes on a CPU.
 
     python examples/pictures/reconstruction.py VIDEO --start 30 --stride 2 --out reconstruction.png
 """
@@ -13,22 +13,24 @@ import tempfile
 from pathlib import Path
 
 import torch
+from paper_figures import figure, parser
 from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 import everest_tokens as et
 from everest_tokens.video import load_clip
-from everest_tokens.visualize_command import visualize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", type=Path)
-    parser.add_argument("--start", type=int, default=0, help="first frame of the clip")
-    parser.add_argument("--stride", type=int, default=4, help="frames from one sampled frame to the next")
-    parser.add_argument("--steps", type=int, default=800, help="of training, four random selections of the clip each")
-    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"))
-    options = parser.parse_args()
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("video", type=Path)
+    arguments.add_argument("--start", type=int, default=0, help="first frame of the clip")
+    arguments.add_argument("--stride", type=int, default=4, help="frames from one sampled frame to the next")
+    arguments.add_argument(
+        "--steps", type=int, default=800, help="of training, four random selections of the clip each"
+    )
+    arguments.add_argument("--out", type=Path, default=Path("reconstruction.png"))
+    options = arguments.parse_args()
 
     torch.manual_seed(0)
     config = VideoMAEConfig(
@@ -54,9 +56,11 @@ def main() -> None:
             bar.set_postfix(loss=f"{loss.item():.2f}")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        starts = [options.start]
-        visualize(
-            [options.video], draw="reconstruction", model=folder, starts=starts, stride=options.stride, out=options.out
+        clip_of = ["--start", str(options.start), "--stride", str(options.stride)]
+        figure(
+            parser().parse_args(
+                ["reconstruction", str(options.video), "--model", folder, "--out", str(options.out), *clip_of]
+            )
         )
     print(f"drawn in {options.out.resolve()}")
 

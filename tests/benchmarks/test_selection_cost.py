@@ -13,7 +13,7 @@ from launches import operators
 
 import everest_tokens as et
 from everest_tokens.distances import DISTANCES
-from everest_tokens.selection import SelectionPolicy
+from everest_tokens.policy import SelectionPolicy
 from everest_tokens.tubelets import gather_tokens
 
 GRID = ["--sizes", "T", "--frames", "8", "--image-size", "64", "--device", "cpu"]

@@ -21,12 +21,12 @@ import pytest
 import step_cost
 import torch
 import torch.distributed as dist
+from measuring import bytes_saved_for_backward
 from running_out import is_out_of_memory
 from torch.profiler import ProfilerActivity, profile
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
-from everest_tokens.measuring import bytes_saved_for_backward
 from everest_tokens.tubelets import TubeletSize, is_unhooked, only_tiles
 
 CPU = torch.device("cpu")

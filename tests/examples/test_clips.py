@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from clips import Sampling, TestViews, TrainingClips, collate, frame_numbers, spatial_crops, view_frame_numbers
+from decoding import read_frames
 from torch import Tensor
 from torch.utils.data import DataLoader
 from video_list import Entry
 
 from everest_tokens.demo import sample_video
-from everest_tokens.video import read_frames
 
 H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
 LENGTH = 40
@@ -390,7 +390,7 @@ def test_a_damaged_video_counts_as_bad_where_too_much_is_lost(tmp_path):
 
 def test_missing_pyav_is_no_bad_video(good, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr("everest_tokens.decoding._torchcodec_decoder", lambda: None)
+    monkeypatch.setattr("decoding._torchcodec_decoder", lambda: None)
     with pytest.raises(ImportError, match="PyAV"):
         TrainingClips(good, Sampling(), Square())[0]
 

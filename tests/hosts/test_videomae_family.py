@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
 import math
 import pickle
 from typing import Any
@@ -20,6 +20,7 @@ from family_models import (
     PreTrainingModel,
     randomize,
 )
+from host_case import structure
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,16 +75,13 @@ def clips_for(model: Any, batch: int = 2, frames: int | None = None, seed: int =
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(patches.proj.weight.dtype)
 
 
-def features_by_hand(plain: Any, clips: Tensor, chosen: Tensor) -> Tensor:
-    """The unpatched model's features of the chosen tokens alone; MME's shuffle is the same at every call."""
+def logits_by_hand(plain: Any, clips: Tensor, chosen: Tensor) -> Tensor:
+    """The unpatched model on the chosen tokens alone; MME's shuffle is the same at every call."""
     tokens = plain.patch_embed(clips)
     tokens = tokens + plain.pos_embed.detach().to(tokens.dtype)
     torch.manual_seed(11)
-    return plain.run_tokens(torch.stack([clip[row] for clip, row in zip(tokens, chosen, strict=True)]))
-
-
-def logits_by_hand(plain: Any, clips: Tensor, chosen: Tensor) -> Tensor:
-    return plain.run_head(features_by_hand(plain, clips, chosen))
+    features = plain.run_tokens(torch.stack([clip[row] for clip, row in zip(tokens, chosen, strict=True)]))
+    return plain.run_head(features)
 
 
 def run(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,18 +116,6 @@ def random_selection(model: Any, visible: int, kept: int | None = None, batch: i
     return et.TokenSelection(order[:, :visible].sort(1).values, target, grid)
 
 
-def pixels_of(model: Any, clips: Tensor, tokens: Tensor) -> Tensor:
-    """Which values of the clips belong to the tokens (B, M): bool like `clips`, by plain loops."""
-    (_, h, w), patches = grid_of(model), patch_embed_of(model)
-    frames, patch = patches.tubelet_size, patches.patch_size[0]
-    found = torch.zeros_like(clips, dtype=torch.bool)
-    for clip, row in enumerate(tokens.tolist()):
-        for token in row:
-            i, y, x = frames * (token // (h * w)), patch * (token // w % h), patch * (token % w)
-            found[clip, :, i : i + frames, y : y + patch, x : x + patch] = True
-    return found
-
-
 def drawn_frames(clips: Tensor, steps: Tensor, tubelet: int = 2) -> Tensor:
     """The clips of the drawn candidate steps (B, t), by plain loops."""
     frames = [[tubelet * step + i for step in row for i in range(tubelet)] for row in steps.tolist()]
@@ -155,32 +141,9 @@ class TestFineTuning:
         plain = build(family, **options).double().train(training)
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
         clips = clips_for(plain)
-        same_to_rounding(run(patched, clips), run(plain, clips))
-        same_to_rounding(run(patched.forward_features, clips), run(plain.forward_features, clips))
-        same_to_rounding(run(patched.float(), clips.float()), run(plain.float(), clips.float()))
-
-    @pytest.mark.parametrize("keep_ratio", [0.25, 0.6])
-    @pytest.mark.parametrize(("family", "options"), FINE_TUNING)
-    def test_selected_tokens_alone_are_run(self, family, options, keep_ratio):
-        plain = build(family, **options).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(keep_ratio))
-        clips = clips_for(plain)
-        chosen = et.select_tokens(patched, clips).visible
-        assert chosen.shape == (2, int(keep_ratio * math.prod(grid_of(plain))))
-        expected = features_by_hand(plain, clips, chosen)
-        assert not torch.allclose(expected, run(plain.forward_features, clips)), "dropping tokens must change something"
+        torch.testing.assert_close(run(patched, clips), run(plain, clips), **EXACT)
+        expected = run(plain.forward_features, clips)
         torch.testing.assert_close(run(patched.forward_features, clips), expected, **EXACT)
-        torch.testing.assert_close(run(patched, clips), logits_by_hand(plain, clips, chosen), **EXACT)
-
-    @pytest.mark.parametrize(("family", "options"), FINE_TUNING)
-    def test_a_given_selection_is_run(self, family, options):
-        plain = build(family, **options).double()
-        patched = et.patch_videomae(copy.deepcopy(plain))
-        clips, selection = clips_for(plain), random_selection(plain, visible=5)
-        expected = logits_by_hand(plain, clips, selection.visible)
-        torch.testing.assert_close(run(patched, clips, token_selection=selection), expected, **EXACT)
-        own = features_by_hand(plain, clips, et.select_tokens(patched, clips).visible)
-        torch.testing.assert_close(run(patched.forward_features, clips), own, **EXACT)  # given once, not kept
 
     @pytest.mark.parametrize(("family", "options"), FINE_TUNING)
     def test_gradients(self, family, options):
@@ -207,40 +170,6 @@ class TestFineTuning:
         torch.testing.assert_close(run(patched, clips), expected, **EXACT)
         assert not torch.allclose(logits_by_hand(plain.eval(), clips, chosen), expected)
 
-    def test_the_most_changed_tokens_are_kept_by_default(self):
-        plain = build()
-        clips = clips_for(plain)
-        tokens = plain.patch_embed(clips).unflatten(1, (4, 12))  # before the positions
-        change = (tokens[:, 1:] - tokens[:, :-1]).norm(dim=-1)
-        importance = torch.cat([change[:, :1], change], dim=1).flatten(1)
-        et.patch_videomae(plain)
-        assert plain.everest.selector.keep_ratio == 0.6
-        selection = et.select_tokens(plain, clips)
-        torch.testing.assert_close(selection.importance, importance)
-        assert selection.grid == (4, 3, 4)
-        assert selection.target is None
-        assert selection.visible.shape == (2, 28)  # ⌊0.6 · 48⌋
-        for row, kept in zip(importance, selection.visible.tolist(), strict=True):
-            others = sorted(set(range(48)) - set(kept))
-            assert row[kept].min() >= row[others].max()
-
-    def test_selecting_runs_no_block(self):
-        model = et.patch_videomae(build())
-        model.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("select_tokens ran the encoder"))
-        et.select_tokens(model, clips_for(model))
-
-    def test_the_settings_are_live(self):
-        plain = build().double()
-        patched = et.patch_videomae(copy.deepcopy(plain))
-        clips = clips_for(plain)
-        patched.everest.selector.keep_ratio = 1.0
-        torch.testing.assert_close(patched(clips), plain(clips), **EXACT)
-        patched.everest.selector = et.RandomSelector(0.5)
-        torch.manual_seed(5)
-        chosen = et.select_tokens(patched, clips).visible
-        torch.manual_seed(5)
-        torch.testing.assert_close(patched(clips), logits_by_hand(plain, clips, chosen), **EXACT)
-
     def test_their_methods_work(self):
         model = et.patch_videomae(build())
         assert model.get_num_layers() == 2
@@ -248,29 +177,6 @@ class TestFineTuning:
         assert model.get_classifier() is model.head
         model.reset_classifier(7)
         assert model(clips_for(model)).shape == (2, 7)
-
-    def test_unselected_pixels_may_even_be_nan(self):
-        model = et.patch_videomae(build())
-        selection = random_selection(model, visible=8)
-        clips = clips_for(model)
-        expected = model(clips, token_selection=selection)
-        broken = clips.masked_fill(~pixels_of(model, clips, selection.visible), math.nan)
-        logits = model(broken, token_selection=selection)
-        assert torch.equal(logits, expected)
-        logits.sum().backward()
-        assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-
-    @pytest.mark.parametrize("where", ["patch_embed", "patch_embed.proj"])
-    def test_a_hook_that_changes_the_embedding_is_obeyed(self, where):
-        plain = build().double()
-        plain.get_submodule(where).register_forward_hook(lambda module, args, output: output * 3)
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.5))
-        clips = clips_for(plain)
-        chosen = et.select_tokens(patched, clips).visible
-        (expected := logits_by_hand(plain, clips, chosen)).sum().backward()
-        (actual := patched(clips)).sum().backward()
-        torch.testing.assert_close(actual, expected, **EXACT)
-        assert_same_gradients(patched, plain, **EXACT)
 
     @pytest.mark.parametrize("what", ["normalised pixels", "norm", "scale", "dropout"])
     def test_a_patch_embed_that_does_more_than_project_trains_right(self, what):
@@ -297,47 +203,24 @@ class TestFineTuning:
         torch.testing.assert_close(actual, expected, **EXACT)
         assert_same_gradients(patched, plain, **EXACT)
 
-    def test_arguments_by_name(self):
-        model = et.patch_videomae(build())
-        clips = clips_for(model)
-        original = inspect.signature(FineTuningModel.forward).parameters
-        assert torch.equal(model(**{list(original)[1]: clips}), model(clips))  # "x"
-
 
 class TestPositions:
     @pytest.mark.parametrize("learnable", [True, False])
-    def test_the_attribute_is_the_full_table_outside_of_a_forward(self, learnable):
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_the_attribute_is_the_full_table_outside_of_a_forward(self, learnable, fails):
         plain = build(use_learnable_pos_emb=learnable)
         patched = et.patch_videomae(copy.deepcopy(plain))
-        inside = []
-        patched.pos_drop.register_forward_hook(lambda *_: inside.append(patched.pos_embed))
-        clips = clips_for(plain)
-        for _ in range(2):
-            chosen = et.select_tokens(patched, clips).visible
-            patched(clips)
-            assert torch.equal(patched.pos_embed, plain.pos_embed)
-            assert isinstance(patched.pos_embed, nn.Parameter) == learnable
-        assert [table.shape for table in inside] == [(2, 28, 32)] * 2
-        assert torch.equal(inside[0], torch.stack([plain.pos_embed[0, row] for row in chosen]))
-        assert patched.state_dict().keys() == plain.state_dict().keys()
-
-    @pytest.mark.parametrize("learnable", [True, False])
-    def test_an_error_inside_leaves_the_full_table(self, learnable):
-        plain = build(use_learnable_pos_emb=learnable).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        clips = clips_for(plain)
 
         def out_of_memory(*_: Any) -> None:
             raise RuntimeError("out of memory")
 
-        hook = patched.blocks[1].register_forward_pre_hook(out_of_memory)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            patched(clips)
-        hook.remove()
-        assert torch.equal(patched.pos_embed, plain.pos_embed)
-        assert isinstance(patched.pos_embed, nn.Parameter) == learnable
-        torch.testing.assert_close(patched(clips), plain(clips), **EXACT)
-        assert patched.state_dict().keys() == plain.state_dict().keys()
+        if fails:
+            patched.blocks[1].register_forward_pre_hook(out_of_memory)
+        for _ in range(2):
+            with contextlib.suppress(RuntimeError):
+                patched(clips_for(plain))
+            assert torch.equal(patched.pos_embed, plain.pos_embed)
+            assert isinstance(patched.pos_embed, nn.Parameter) == learnable
 
     @pytest.mark.parametrize(
         ("learnable", "how"),
@@ -374,136 +257,20 @@ class TestPositions:
         assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
-def description(model: Any) -> dict[str, Any]:
-    """What unpatching must give back: each module's class, its attributes' names and its hooks' number."""
-    return {
-        name: (type(module), sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
-        for name, module in model.named_modules()
-    }
-
-
-SETTINGS = [
-    pytest.param({}, id="default"),
-    pytest.param({"drop_path": 0.5, "fused_attention": True}, id="drop-path-fused"),
-    pytest.param({"frame_sampler": et.InfoFrameSampler(1.5)}, id="frame-sampler"),
-]
-
-
-class TestPatchingAndUnpatching:
-    @pytest.mark.parametrize("settings", SETTINGS)
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_fine_tuning(self, family, settings):
-        model = build(family)
-        clips, keys, before = clips_for(model), list(model.state_dict()), description(model)
-        expected = run(model, clips)
-        assert et.patch_videomae(model, **settings) is model
-        assert list(model.state_dict()) == keys
-        assert isinstance(model, FineTuningModel)
-        assert type(model).__name__ == "FineTuningModel"
-        frames = 12 if "frame_sampler" in settings else 8
-        assert not torch.equal(run(model, clips_for(model, frames=frames)), expected)
-        assert et.unpatch_videomae(model) is model
-        assert type(model) is FineTuningModel
-        assert description(model) == before
-        assert torch.equal(run(model, clips), expected)
-        with pytest.raises(ValueError, match="not patched"):
-            et.unpatch_videomae(model)
-
-    @pytest.mark.parametrize("settings", SETTINGS)
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_pretraining(self, family, settings):
-        model = build_pretraining(family)
-        clips, keys, before = clips_for(model), list(model.state_dict()), description(model)
-        mask = mask_of(random_selection(model, visible=8).visible, 48)
-        expected = model(clips, mask)
-        expected = expected[0] if family == "everest" else expected
-        et.patch_videomae(model, **settings)
-        assert list(model.state_dict()) == keys
-        assert isinstance(model, PreTrainingModel)
-        assert type(model).__name__ == "PreTrainingModel"
-        assert model.everest.task == "pretraining"
-        model(clips_for(model, frames=12 if "frame_sampler" in settings else 8))
-        et.unpatch_videomae(model)
-        assert type(model) is PreTrainingModel
-        assert description(model) == before
-        actual = model(clips, mask)
-        if family == "everest":
-            actual, masks = actual
-            assert masks == (None, None)
-        assert torch.equal(actual, expected)
-
-    def test_other_models_of_the_class_are_left_alone(self):
-        models = [build() for _ in range(3)]
-        clips = clips_for(models[0])
-        expected = models[0](clips)
-        for model in models[:2]:
-            et.patch_videomae(model, et.ReRoSelector(0.5))
-        patched = models[1](clips)
-        assert torch.equal(models[2](clips), expected)
-        et.unpatch_videomae(models[0])
-        assert torch.equal(models[0](clips), expected)
-        assert torch.equal(models[1](clips), patched)
-        assert not torch.equal(patched, expected)
-
-    def test_patching_again_replaces_the_patch(self):
-        model = build(drop_path_rate=0.2).train()
-        before = description(model)
-        et.patch_videomae(model, et.ReRoSelector(0.5), drop_path=0.5, fused_attention=True)
-        et.patch_videomae(model, et.ReRoSelector(0.25))
-        assert et.select_tokens(model, clips_for(model)).visible.shape == (2, 12)
-        with Attentions() as attentions:
-            model(clips_for(model))
-        assert attentions.dropouts == []
-        et.unpatch_videomae(model)
-        assert description(model) == before
-        assert [block.drop_path.drop_prob for block in model.blocks[1:]] == pytest.approx([0.2])
-
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-    @pytest.mark.parametrize("settings", SETTINGS)
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_copies_are_patched_and_independent(self, family, settings, copied):
-        plain = build(family)
-        model = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.5), **settings)
-        clips = clips_for(model, frames=12 if "frame_sampler" in settings else 8)
-        expected = run(model, clips)
-        other = copied(model)
-        assert torch.equal(run(other, clips), expected)
-        assert isinstance(other, FineTuningModel)
-        other.everest.selector.keep_ratio = 0.25
-        with torch.no_grad():
-            other.head.bias.add_(100)
-        assert torch.equal(run(model, clips), expected)
-        assert et.select_tokens(other, clips).visible.shape == (2, 12)
-        with torch.no_grad():
-            other.head.bias.copy_(plain.head.bias)
-        et.unpatch_videomae(other)
-        assert type(other) is FineTuningModel
-        assert torch.equal(run(other, clips_for(plain)), run(plain, clips_for(plain)))
-        assert torch.equal(run(model, clips), expected)
-
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_copies_of_pretraining_models(self, family, copied):
-        model = et.patch_videomae(build_pretraining(family))
+class TestUnpatching:
+    @pytest.mark.parametrize("kind", [build, build_pretraining])
+    def test_takes_back_fused_attention_and_drop_path(self, kind):
+        model = kind(drop_path_rate=0.2).train()
+        before = structure(model)
+        et.patch_videomae(model, drop_path=0.5, fused_attention=True)
         clips = clips_for(model)
-        expected = run(model, clips)
-        other = copied(model)
-        actual = run(other, clips)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-        et.unpatch_videomae(other)
-        assert type(other) is PreTrainingModel
-        torch.testing.assert_close(run(model, clips), expected, rtol=0, atol=0)
-
-    @pytest.mark.parametrize("first", ["eval", "inference"])
-    def test_training_after_an_evaluation(self, first):
-        plain = build()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        clips = clips_for(plain)
-        with torch.inference_mode() if first == "inference" else torch.no_grad():
-            patched(clips)
-        for model in (plain, patched):
-            model(clips).sum().backward()
-        assert_same_gradients(patched, plain)
+        expected = run(model.eval(), clips)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with Attentions() as attentions:
+                torch.testing.assert_close(run(copied, clips), expected, rtol=0, atol=0)
+            assert attentions.dropouts == [0.0] * len(attentions.dropouts) != []
+            assert structure(et.unpatch_videomae(copied.train())) == before
+        assert structure(et.unpatch_videomae(et.patch_videomae(model.train()))) == before
 
 
 class TestEverestsOwnSelection:
@@ -571,16 +338,6 @@ class TestPreTraining:
         torch.testing.assert_close(pixels[1].grad, pixels[0].grad, **EXACT)
 
     @pytest.mark.parametrize("family", PRE_TRAINING)
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_keeping_everything(self, same_to_rounding, family, dtype):
-        plain = build_pretraining(family).to(dtype)
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        clips = clips_for(plain)
-        prediction, (hidden, _) = run(patched, clips)
-        expected = plain(clips, hidden)
-        same_to_rounding(prediction, expected[0] if family == "everest" else expected)
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
     def test_targets_alone_are_predicted_by_default(self, family):
         plain = build_pretraining(family).double().train()
         patched = et.patch_videomae(copy.deepcopy(plain))
@@ -621,12 +378,6 @@ class TestPreTraining:
             calls += [((mask, mask), {}), ((mask,), {"decode_mask": mask}), ((mask, None), {})]
         for args, kwargs in calls:
             torch.testing.assert_close(run(model, clips, *args, **kwargs), expected, rtol=0, atol=0)
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_arguments_by_name(self, family):
-        model = et.patch_videomae(build_pretraining(family))
-        clips, mask = clips_for(model), torch.ones(2, 48, dtype=torch.bool)
-        torch.testing.assert_close(run(model, x=clips, mask=mask), run(model, clips), rtol=0, atol=0)
 
     def test_v2s_dual_masking(self):
         plain = build_pretraining("videomaev2", img_size=(32, 64)).double()  # grid (4, 2, 4)
@@ -671,17 +422,6 @@ class TestPreTraining:
         expected.backward()
         assert_same_gradients(model, plain, **EXACT)
 
-    def test_unselected_pixels_may_even_be_nan(self):
-        model = et.patch_videomae(build_pretraining())
-        selection = random_selection(model, visible=4, kept=14)
-        clips = clips_for(model)
-        expected, _ = model(clips, token_selection=selection)
-        broken = clips.masked_fill(~pixels_of(model, clips, selection.visible), math.nan)
-        prediction, _ = model(broken, token_selection=selection)
-        assert torch.equal(prediction, expected)
-        prediction.sum().backward()
-        assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-
     @pytest.mark.parametrize("family", PRE_TRAINING)
     def test_their_dropouts(self, family):
         plain = build_pretraining(family, **DROPOUTS).double().train()
@@ -705,40 +445,7 @@ class TestPreTraining:
         torch.testing.assert_close(prediction, run_by_hand(plain, clips, selection), **EXACT)
 
 
-class TestMetaDevice:
-    """Their tables are plain tensors, which stay on the CPU with their values when a model is built on meta."""
-
-    def test_fine_tuning(self):
-        plain = build()
-        model = et.patch_videomae(copy.deepcopy(plain).to("meta"), et.ReRoSelector(0.5))
-        model.to_empty(device="cpu").load_state_dict(plain.state_dict())
-        clips = clips_for(plain)
-        assert torch.equal(model(clips), et.patch_videomae(plain, et.ReRoSelector(0.5))(clips))
-
-    def test_pretraining(self):
-        plain = build_pretraining()
-        model = et.patch_videomae(copy.deepcopy(plain).to("meta"))
-        model.to_empty(device="cpu").load_state_dict(plain.state_dict())
-        clips = clips_for(plain)
-        torch.testing.assert_close(run(model, clips), run(et.patch_videomae(plain), clips), rtol=0, atol=0)
-
-
 class TestFrameSampler:
-    @pytest.mark.parametrize("training", [True, False])
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_fine_tuning_runs_the_drawn_steps_at_positions_from_0(self, family, training):
-        plain = build(family).double().train(training)
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.5), frame_sampler=et.InfoFrameSampler(1.5))
-        clips = clips_for(plain, frames=12)
-        torch.manual_seed(11)
-        selection = et.select_tokens(patched, clips)
-        assert selection.steps.shape == (2, 4)
-        short = drawn_frames(clips, selection.steps)
-        expected = logits_by_hand(plain, short, selection.visible)
-        torch.testing.assert_close(run(patched, clips, token_selection=selection), expected, **EXACT)
-        if family != "mme":  # whose shuffle would draw from another place of the random sequence
-            torch.testing.assert_close(run(patched, clips), expected, **EXACT)
-
     def test_eval_takes_the_fullest_steps(self):
         model = et.patch_videomae(build(), et.ReRoSelector(0.5), frame_sampler=et.InfoFrameSampler(1.5))
         clips = clips_for(model, batch=1, frames=12)
@@ -776,13 +483,6 @@ class TestFrameSampler:
             drawn_frames(clips, selection.steps), "b c (t f) (h p) (w q) -> b (t h w) (f p q c)", f=2, p=16, q=16
         )
         assert torch.equal(labels, torch.stack([clip[row] for clip, row in zip(short, selection.target, strict=True)]))
-
-    @pytest.mark.parametrize("model", [build(), build_pretraining()], ids=["fine-tuning", "pre-training"])
-    @pytest.mark.parametrize("frames", [8, 10, 14])
-    def test_other_numbers_of_frames(self, model, frames):
-        model = et.patch_videomae(copy.deepcopy(model), frame_sampler=et.InfoFrameSampler(1.5))
-        with pytest.raises(ValueError, match=rf"\b12\b.*\b{frames}\b"):
-            model(clips_for(model, frames=frames))
 
 
 class Attentions(TorchFunctionMode):
@@ -844,21 +544,22 @@ class TestFusedAttention:
     def test_not_unless_asked_and_not_after_unpatching(self):
         model = et.patch_videomae(build())
         clips = clips_for(model)
-        with Attentions() as attentions:
-            model(clips)
-            et.patch_videomae(model, fused_attention=True)
-            assert attentions.dropouts == []
-            model(clips)
-            assert len(attentions.dropouts) == 2
-            et.unpatch_videomae(model)(clips)
-            assert len(attentions.dropouts) == 2
+        for patch, fused in (
+            (lambda model: model, 0),
+            (lambda model: et.patch_videomae(model, fused_attention=True), 2),
+            (et.unpatch_videomae, 0),
+        ):
+            patch(model)
+            with Attentions() as attentions:
+                model(clips)
+            assert len(attentions.dropouts) == fused
 
     def test_cosine_attention_is_refused(self):
         for model in (build("videomaev2", cos_attn=True), build_pretraining("videomaev2", cos_attn=True)):
-            before = description(model)
+            before = structure(model)
             with pytest.raises(ValueError, match=r"fused_attention.*block 0.*scale"):
                 et.patch_videomae(model, fused_attention=True)
-            assert description(model) == before
+            assert structure(model) == before
 
     def test_another_attention_is_refused(self):
         class TwoProjections(nn.Module):
@@ -871,10 +572,10 @@ class TestFusedAttention:
 
         model = build()
         model.blocks[1].attn = TwoProjections()
-        before = description(model)
+        before = structure(model)
         with pytest.raises(ValueError, match="fused_attention"):
             et.patch_videomae(model, fused_attention=True)
-        assert description(model) == before
+        assert structure(model) == before
         assert et.patch_videomae(model)(clips_for(model)).shape == (2, 5)  # unfused, any attention will do
 
     def test_other_hosts_refuse_it(self, make_model):
@@ -921,174 +622,6 @@ class TestDropPath:
         et.unpatch_videomae(model.train(training))
         assert {module.training for module in model.modules()} == {training}
 
-    def test_eval_is_unchanged(self):
-        plain = build().double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), drop_path=0.9)
-        torch.testing.assert_close(patched(clips_for(plain)), plain(clips_for(plain)), **EXACT)
-        assert patched.state_dict().keys() == plain.state_dict().keys()
-
-    @pytest.mark.parametrize("rate", [-0.1, 1.0, True, "0.1"])
-    def test_bad_rates(self, rate):
-        with pytest.raises(ValueError, match="drop_path"):
-            et.patch_videomae(build(), drop_path=rate)
-
-
-class TestGradientCheckpointing:
-    @pytest.mark.parametrize("fused", [False, True])
-    @pytest.mark.parametrize("family", ["videomae", "videomaev2", "mvd", "everest"])
-    def test_fine_tuning(self, family, fused):
-        plain = build(family, checkpointed=True).double().train()
-        patched = et.patch_videomae(copy.deepcopy(plain), drop_path=0.5, fused_attention=fused)
-        without = copy.deepcopy(patched)
-        setattr(without, "with_cp" if family == "videomaev2" else "use_checkpoint", False)
-        clips, runs = clips_for(plain, batch=4), []
-        patched.blocks[1].mlp.register_forward_pre_hook(lambda *_: runs.append("patched"))
-        without.blocks[1].mlp.register_forward_pre_hook(lambda *_: runs.append("without"))
-        for model in (patched, without):
-            run(model, clips).sum().backward()
-        assert (runs.count("patched"), runs.count("without")) == (2, 1)
-        assert_same_gradients(patched, without, **EXACT)
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_pretraining(self, family):
-        flag = "with_cp" if family == "videomaev2" else "use_checkpoint"
-        patched = et.patch_videomae(build_pretraining(family, checkpointed=True).double().train(), drop_path=0.5)
-        without = copy.deepcopy(patched)
-        setattr(without.encoder, flag, False)
-        setattr(without.decoder, flag, False)
-        clips, runs = clips_for(patched, batch=4), []
-        for stack in (patched.encoder, patched.decoder):
-            stack.blocks[1].mlp.register_forward_pre_hook(lambda *_: runs.append("patched"))
-        for model in (patched, without):
-            run(model, clips)[0].square().sum().backward()
-        assert runs == ["patched"] * 4
-        assert_same_gradients(patched, without, **EXACT)
-
-
-class TestPrecision:
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_autocast(self, family):
-        plain = build(family)
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        clips = clips_for(plain)
-        outputs = []
-        for model in (plain, patched):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                outputs.append(run(model, clips))
-            outputs[-1].float().square().sum().backward()
-        assert torch.equal(*outputs)
-        assert outputs[1].dtype == outputs[0].dtype
-        for name, gradient in gradients(plain).items():
-            assert gradients(patched)[name].dtype == torch.float32
-            difference = (gradients(patched)[name] - gradient).norm() / gradient.norm()
-            assert difference < 0.03, name
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_autocast_in_pretraining(self, family):
-        plain = build_pretraining(family)
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        clips = clips_for(plain)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            prediction, (hidden, _) = run(patched, clips)
-            expected = plain(clips, hidden)
-        expected = expected[0] if family == "everest" else expected
-        assert prediction.dtype == expected.dtype
-        assert torch.equal(prediction, expected)
-        for output in (prediction, expected):
-            output.float().square().sum().backward()
-        for name, gradient in gradients(plain).items():
-            difference = (gradients(patched)[name] - gradient).norm() / gradient.norm()
-            assert difference < 0.03, name
-
-    def test_selecting_first_costs_no_gradient_under_autocast(self):
-        model = et.patch_videomae(build())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            selection = et.select_tokens(model, clips_for(model))  # casts the projection's weight under no_grad
-            model(clips_for(model))
-            model(clips_for(model), token_selection=selection).float().sum().backward()
-        assert len(gradients(model)) == len(list(model.parameters()))
-
-    @pytest.mark.parametrize("kind", [build, build_pretraining])
-    def test_weights_of_half_precision(self, kind):
-        plain = kind().bfloat16()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        clips = clips_for(plain)
-        assert clips.dtype == torch.bfloat16
-        if kind is build:
-            assert torch.equal(patched(clips), plain(clips))
-        else:
-            prediction, (hidden, _) = patched(clips)
-            assert torch.equal(prediction, plain(clips, hidden))
-
-    @pytest.mark.parametrize("kind", [build, build_pretraining])
-    def test_moving_after_patching(self, kind):
-        model = et.patch_videomae(kind())
-        clips = clips_for(model)
-        expected = run(model, clips)
-        actual = run(model.double(), clips.double())
-        if kind is build_pretraining:
-            expected, actual = expected[0], actual[0]
-        assert actual.dtype == torch.float64
-        torch.testing.assert_close(actual.float(), expected, rtol=1e-3, atol=1e-3)
-
-
-BATCHES = [
-    pytest.param((2, 3, 6, 48, 64), r"\b8\b.*\(2, 3, 6, 48, 64\)", id="frames"),
-    pytest.param((2, 3, 8, 64, 48), r"\b48, 64\b.*\(2, 3, 8, 64, 48\)", id="rows-and-columns-swapped"),
-    pytest.param((2, 3, 8, 48, 80), r"\b64\b.*\(2, 3, 8, 48, 80\)", id="width"),
-    pytest.param((2, 1, 8, 48, 64), r"\b3\b.*\(2, 1, 8, 48, 64\)", id="channels"),
-    pytest.param((2, 8, 3, 48, 64), r"\b3, 8\b.*\(2, 8, 3, 48, 64\)", id="transformers-order"),
-    pytest.param((3, 8, 48, 64), r"\(3, 8, 48, 64\)", id="no-batch"),
-]
-
-
-class TestWrongInput:
-    @pytest.mark.parametrize("kind", [build, build_pretraining])
-    def test_a_misspelt_argument(self, kind):
-        model = et.patch_videomae(kind())
-        with pytest.raises(TypeError, match="selection"):  # not swallowed with the ignored masks
-            model(clips_for(model), selection=random_selection(model, visible=4, kept=14))
-
-    @pytest.mark.parametrize(("shape", "message"), BATCHES)
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_shapes(self, family, shape, message):
-        model = et.patch_videomae(build(family))
-        for call in (model, model.forward_features, lambda clips: et.select_tokens(model, clips)):
-            with pytest.raises(ValueError, match=message):
-                call(torch.randn(shape))
-
-    @pytest.mark.parametrize(("shape", "message"), BATCHES)
-    def test_shapes_in_pretraining(self, shape, message):
-        model = et.patch_videomae(build_pretraining())
-        with pytest.raises(ValueError, match=message):
-            model(torch.randn(shape))
-
-    @pytest.mark.parametrize("kind", [build, build_pretraining])
-    def test_kinds(self, kind):
-        model = et.patch_videomae(kind())
-        with pytest.raises(ValueError, match="uint8"):
-            model(torch.zeros(2, 3, 8, 48, 64, dtype=torch.uint8))
-        with pytest.raises(TypeError, match="list"):
-            model([torch.zeros(3, 8, 48, 64)] * 2)
-
-    @pytest.mark.parametrize("kind", [build, build_pretraining])
-    def test_selections(self, kind):
-        model = et.patch_videomae(kind())
-        clips, good = clips_for(model), random_selection(model, visible=4, kept=14)
-        with pytest.raises(TypeError, match="Tensor"):
-            model(clips, token_selection=good.visible)
-        bad = [
-            (et.TokenSelection(good.visible[:1], good.target[:1], good.grid), r"\b1 clips"),
-            (et.TokenSelection(good.visible, good.target, (4, 4, 3)), r"\(4, 4, 3\)"),
-            (et.TokenSelection(good.visible.int(), good.target, good.grid), "int32"),
-            (et.TokenSelection(good.visible, good.target, good.grid, steps=torch.arange(4).expand(2, 4)), "steps"),
-        ]
-        if kind is build_pretraining:
-            bad.append((et.TokenSelection(good.visible, None, good.grid), "targets"))
-        for selection, message in bad:
-            with pytest.raises(ValueError, match=message):
-                model(clips, token_selection=selection)
-
 
 def with_other_projection(projection: nn.Module) -> Any:
     model = build()
@@ -1101,11 +634,11 @@ class TestRefusals:
         "model", [MMEPreTrainingModel(), MVDPreTrainingModel(), MVDPreTrainingModel(use_cls_token=True)]
     )
     def test_models_that_predict_other_things_than_pixels(self, model):
-        before = description(model)
+        before = structure(model)
         for function in (et.patch_videomae, et.count_flops):
             with pytest.raises(TypeError, match="pixels"):
                 function(model)
-        assert description(model) == before
+        assert structure(model) == before
 
     @pytest.mark.parametrize(
         "model",
@@ -1122,10 +655,10 @@ class TestRefusals:
         ids=["linear", "sequential", "encoder", "block", "patch-embed", "decoder", "image-model", "linear-projection"],
     )
     def test_unrelated_modules(self, model):
-        before = description(model)
+        before = structure(model)
         with pytest.raises(TypeError, match="patch"):
             et.patch_videomae(model)
-        assert description(model) == before
+        assert structure(model) == before
 
     @pytest.mark.parametrize("patched", [False, True])
     def test_the_encoder_of_a_pretraining_model(self, patched):
@@ -1152,10 +685,10 @@ class TestRefusals:
     @pytest.mark.parametrize("kind", [build, build_pretraining])
     def test_settings_of_image_models(self, kind, setting):
         model = kind()
-        before = description(model)
+        before = structure(model)
         with pytest.raises(ValueError, match=next(iter(setting))):
             et.patch_videomae(model, **setting)
-        assert description(model) == before
+        assert structure(model) == before
 
     def test_visible_for_a_classifier(self):
         with pytest.raises(ValueError, match="visible"):
@@ -1175,49 +708,19 @@ def counted_by_torch(model: Any, *args: Any) -> float:
 
 
 class TestCountFlops:
-    @pytest.mark.parametrize(
-        ("family", "options"),
-        [
-            *((family, {}) for family in FAMILIES),
-            ("mvd", {"use_cls_token": True}),
-            ("videomae", {"num_frames": 16, "use_mean_pooling": False}),
-            ("videomaev2", {"cos_attn": True}),
-        ],
-        ids=str,
-    )
-    def test_fine_tuning(self, family, options):
-        model = FineTuningModel(family, embed_dim=48, mlp_ratio=3.0, num_classes=7, **options).eval()
-        clips = clips_for(model, batch=1)
-        counts = []
-        fused = {"fused_attention": "cos_attn" not in options}
-        for settings in (None, {}, {"selector": et.RandomSelector(0.25)}, fused):
-            if settings is not None:
-                et.patch_videomae(model, **settings)
-            counts.append(counted_by_torch(model, clips))
-            assert et.count_flops(model).total == pytest.approx(counts[-1], rel=0.005)
-        assert counts[2] < counts[1] < counts[0]
+    @pytest.mark.parametrize("family", ["videomae", "mvd"])
+    def test_fused_attention_counts_alike(self, family):
+        model = FineTuningModel(family, embed_dim=48, mlp_ratio=3.0, num_classes=7, use_mean_pooling=False).eval()
+        counts = [et.count_flops(et.patch_videomae(model, fused_attention=fused)) for fused in (False, True)]
+        assert counts[0] == counts[1]
+        assert counts[1].total == pytest.approx(counted_by_torch(model, clips_for(model, batch=1)), rel=0.005)
 
     @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_pretraining(self, family):
+    def test_unpatched_pretraining_is_counted_with_videomaes_tubes(self, family):
         model = PreTrainingModel(family, embed_dim=48, mlp_ratio=3.0, decoder_depth=3).eval()
-        clips = clips_for(model, batch=1)
         tubes = torch.arange(48)[None] % 12 >= 2  # VideoMAE's hide ⌊0.9 · 12⌋ places
-        assert et.count_flops(model).total == pytest.approx(counted_by_torch(model, clips, tubes), rel=0.005)
-        for settings in ({}, {"selector": et.RandomSelector(1.0), "visible": et.TubeSelector(0.25)}):
-            et.patch_videomae(model, **settings)
-            assert et.count_flops(model).total == pytest.approx(counted_by_torch(model, clips), rel=0.005)
-
-    def test_on_the_meta_device(self):
-        with torch.device("meta"):
-            model = FineTuningModel()
-        on_cpu = et.count_flops(build())
-        assert et.count_flops(model) == on_cpu
-        assert et.count_flops(et.patch_videomae(model)) == et.count_flops(et.patch_videomae(build()))
-
-    def test_frame_sampler(self):
-        model = et.patch_videomae(build(), frame_sampler=et.InfoFrameSampler(1.5))
-        clips = clips_for(model, batch=1, frames=12)
-        assert et.count_flops(model).total == pytest.approx(counted_by_torch(model, clips), rel=0.005)
+        counted = counted_by_torch(model, clips_for(model, batch=1), tubes)
+        assert et.count_flops(model).total == pytest.approx(counted, rel=0.005)
 
 
 SMALL: dict[str, Any] = {"img_size": 32, "depth": 1}  # grid (4, 2, 2)
@@ -1235,74 +738,6 @@ def fresh_compiler():
 class TestCompile:
     """The aot_eager backend traces all that inductor would compile."""
 
-    @pytest.mark.parametrize(
-        ("family", "options"),
-        [
-            *((family, {}) for family in FAMILIES),
-            ("videomae", {"use_learnable_pos_emb": True}),
-            ("mvd", {"use_cls_token": True}),
-            ("videomae", {"checkpointed": True}),
-        ],
-        ids=str,
-    )
-    def test_fine_tuning_trains_in_one_graph(self, family, options):
-        model = et.patch_videomae(build(family, **SMALL, **options), et.ReRoSelector(0.5)).train()
-        twin = copy.deepcopy(model)
-        clips = clips_for(model)
-        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-        expected, actual = model(clips), compiled(clips)
-        torch.testing.assert_close(actual, expected)
-        for output in (expected, actual):
-            output.square().sum().backward()
-        assert_same_gradients(twin, model, rtol=1e-4, atol=1e-4)
-        compiled(clips_for(model, seed=2))
-        assert counters["stats"]["unique_graphs"] == 1
-        assert twin.pos_embed.shape == (1, 16, 32)
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_pretraining_trains_in_one_graph(self, family):
-        model = build_pretraining(family, **SMALL, decoder_depth=1).train()
-        et.patch_videomae(model, et.ReRoSelector(0.5), mask_ratio=0.75)
-        twin = copy.deepcopy(model)
-        clips = clips_for(model)
-        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-        selection = et.select_tokens(model, clips)
-        (expected, expected_masks), (actual, masks) = (
-            each(clips, token_selection=selection) for each in (model, compiled)
-        )
-        torch.testing.assert_close(actual, expected)
-        assert all(map(torch.equal, masks, expected_masks))
-        for output in (expected, actual):
-            output.square().sum().backward()
-        assert_same_gradients(twin, model, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_pretraining_selects_in_the_graph(self, family):
-        model = build_pretraining(family, **SMALL, decoder_depth=1)
-        et.patch_videomae(model, et.ReRoSelector(0.5), mask_ratio=0.75)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        clips, mask = clips_for(model, batch=1), torch.ones(1, 16, dtype=torch.bool)
-        picks = []
-        for _ in range(6):
-            prediction, (hidden, target_mask) = compiled(clips, mask)
-            assert prediction.shape == (1, 4, 1536)
-            assert (~hidden).sum() == 4
-            kept = (~hidden | ~target_mask).nonzero()[:, 1].tolist()
-            assert kept == et.select_tokens(model, clips).kept[0].tolist()
-            picks.append(tuple(hidden[0].tolist()))
-        assert len(set(picks)) > 1  # still random in the graph
-        assert counters["stats"]["unique_graphs"] == 1
-
-    def test_each_new_keep_ratio_compiles_once(self):
-        model = et.patch_videomae(build(**SMALL), et.ReRoSelector(0.5))
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        clips, graphs = clips_for(model), []
-        for keep_ratio in (0.5, 0.5, 0.75, 1.0, 0.5, 0.75):
-            model.everest.selector.keep_ratio = keep_ratio
-            torch.testing.assert_close(compiled(clips), model(clips))
-            graphs.append(counters["stats"]["unique_graphs"])
-        assert graphs == [1, 1, 2, 3, 3, 3]
-
     def test_fused_attention_frame_sampler_and_drop_path(self):
         model = build(**SMALL, attn_drop_rate=0.1).train()
         et.patch_videomae(model, frame_sampler=et.InfoFrameSampler(1.5), fused_attention=True, drop_path=0.3)
@@ -1313,14 +748,3 @@ class TestCompile:
         assert len(gradients(model)) == len(list(model.parameters()))
         assert len({each.sum().item() for each in logits}) > 1
         assert counters["stats"]["unique_graphs"] == 1
-
-    def test_patching_after_compiling(self):
-        model = build(**SMALL)
-        clips, plain = clips_for(model), copy.deepcopy(model)
-        compiled = torch.compile(model, backend="eager")
-        torch.testing.assert_close(compiled(clips), plain(clips))
-        assert et.patch_videomae(compiled, et.ReRoSelector(0.5)) is compiled
-        expected = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.5))(clips)
-        torch.testing.assert_close(compiled(clips), expected)
-        et.unpatch_videomae(compiled)
-        torch.testing.assert_close(compiled(clips), plain(clips))

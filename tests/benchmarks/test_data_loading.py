@@ -14,7 +14,7 @@ from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "data_loading.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "data_loading.py"
     spec = importlib.util.spec_from_file_location("data_loading", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everest_tokens.selectors import Grid, TubeSelector
+from everest_tokens.selectors import TubeSelector
+from everest_tokens.tubelets import Grid
 
 
 def videomae_mask(batch: int, grid: Grid, device: torch.device | str = "cpu") -> Tensor:

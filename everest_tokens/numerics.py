@@ -12,42 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.videomae import modeling_videomae as original
 from transformers.utils import cached_file
 
 from everest_tokens.positions import mvd_table
-from everest_tokens.selectors import Grid
 
 logger = logging.getLogger(__name__)
 
 TENSORS_FILE = "everest.safetensors"
 POSITIONS = ("sinusoid", "mvd", "stored")  # VideoMAE's formula, MVD's, or a table of the file's own
-_NAMES = ("norm_eps", "position", "class_token")
 NORM_EPS = 1e-6  # of every layer norm of every family
 _TRANSFORMERS_EPS = 1e-5  # of fc_norm and decoder.norm, whatever config.layer_norm_eps says
+_RECORDED = {  # in config.everest: what is expected there, and whether a value is
+    "norm_eps": ("a number in (0, 1)", lambda eps: isinstance(eps, (int, float)) and 0 < eps < 1),
+    "position": (f"one of {', '.join(POSITIONS)}", lambda position: position in POSITIONS),
+    "class_token": ("true or false", lambda token: token in (None, True, False)),
+}
 
 
 def numbers_in(recorded: dict[str, Any]) -> dict[str, Any]:
-    """The part of `config.everest` that concerns this file. Raises ValueError for values that can't be."""
-    numbers = {name: recorded[name] for name in _NAMES if name in recorded}
-    eps, position, token = (
-        numbers.get("norm_eps", NORM_EPS),
-        numbers.get("position", "sinusoid"),
-        numbers.get("class_token"),
-    )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
-        raise ValueError(f"config.everest records norm_eps {eps!r}: expected a number in (0, 1)")
-    if position not in POSITIONS:
-        raise ValueError(f"config.everest records position {position!r}: expected one of {', '.join(POSITIONS)}")
-    if token not in (None, True, False):
-        raise ValueError(f"config.everest records class_token {token!r}: expected true or false")
+    """Pick the part of `config.everest` that concerns this file. Raises ValueError for values that can't be."""
+    numbers = {name: recorded[name] for name in _RECORDED if name in recorded}
+    for name, value in numbers.items():
+        expected, is_possible = _RECORDED[name]
+        if not is_possible(value):
+            raise ValueError(f"config.everest records {name} {value!r}: expected {expected}")
     return numbers
 
 
 def numbers_of(model: original.VideoMAEPreTrainedModel) -> dict[str, Any]:
-    """What `config.everest` should record of a live model."""
+    """Say what `config.everest` should record of a live model."""
     numbers = {"position": "sinusoid", **getattr(model, "_everest_numbers", {})}
     norm = own_norm(model)
     return numbers if norm is None else {**numbers, "norm_eps": norm.eps}
@@ -70,11 +67,8 @@ def equip(
     Raises:
         ValueError: a tensor that is needed is missing or doesn't fit.
     """
-    embeddings = _backbone(model).embeddings
-    patches = embeddings.patch_embeddings
-    frames, (height, width), (rows, columns) = model.config.num_frames, patches.image_size, patches.patch_size
-    grid: Grid = (frames // patches.tubelet_size, height // rows, width // columns)
-    channels = model.config.hidden_size
+    config, embeddings = model.config, model.base_model.embeddings
+    patches, channels = embeddings.patch_embeddings, config.hidden_size
     position, class_token = numbers.get("position", "sinusoid"), bool(numbers.get("class_token"))
     norm = own_norm(model)
     eps = numbers.get("norm_eps", NORM_EPS if norm is None else norm.eps)
@@ -82,33 +76,32 @@ def equip(
         return  # transformers' own
     if tensors is None:
         tensors = _tensors_beside(model) if position == "stored" or class_token else {}
-
     table = token = None
     if position == "mvd":
-        table = mvd_table(grid, channels)[None]
+        (height, width), (rows, columns) = patches.image_size, patches.patch_size
+        table = mvd_table((config.num_frames // patches.tubelet_size, height // rows, width // columns), channels)
     elif position == "stored":
-        table = _fitting(tensors, "position_embeddings", (patches.num_patches, channels))[None]
+        table = _fitting(tensors, "position_embeddings", (patches.num_patches, channels))
     if class_token:
         token = _fitting(tensors, "class_token", (1, 1, channels))
 
-    if norm is not None:
+    if norm is not None:  # nothing fails from here on
         norm.eps = eps
     if table is not None:
-        embeddings.position_embeddings = table
+        embeddings.position_embeddings = table[None]
     if token is not None:
         weight = patches.projection.weight
-        token = token.to(weight.device, weight.dtype, copy=True)
-        embeddings.cls_token = nn.Parameter(token, weight.requires_grad)
+        embeddings.cls_token = nn.Parameter(token.to(weight.device, weight.dtype, copy=True), weight.requires_grad)
         embeddings.register_forward_hook(_prepend_class_token)
-        if model.config.use_mean_pooling:
-            _backbone(model).register_forward_hook(_drop_class_token)
+        if config.use_mean_pooling:
+            model.base_model.register_forward_hook(_drop_class_token)
     model._everest_numbers = dict(numbers)
     if lacking(model):
         model.save_pretrained = partial(_save_pretrained, model)
 
 
 def lacking(model: original.VideoMAEPreTrainedModel) -> list[str]:
-    """What plain transformers would compute differently from a folder saved of this model."""
+    """Say what plain transformers would compute differently from a folder saved of this model."""
     numbers, lacks = numbers_of(model), []
     if numbers["position"] != "sinusoid":
         whose = "MVD's position table" if numbers["position"] == "mvd" else "the checkpoint's own position table"
@@ -123,22 +116,18 @@ def lacking(model: original.VideoMAEPreTrainedModel) -> list[str]:
 
 
 def own_norm(model: original.VideoMAEPreTrainedModel) -> nn.LayerNorm | None:
-    """The layer norm that transformers builds with its own eps."""
+    """Find the layer norm that transformers builds with its own eps."""
     pretraining = isinstance(model, original.VideoMAEForPreTraining)
     return model.decoder.norm if pretraining else getattr(model, "fc_norm", None)
 
 
-def _backbone(model: original.VideoMAEPreTrainedModel) -> original.VideoMAEModel:
-    return model if isinstance(model, original.VideoMAEModel) else model.videomae
-
-
 def _prepend_class_token(module: Any, args: Any, tokens: Tensor) -> Tensor:
-    """As in MVD: after the positions, without one of its own."""
+    """Put the token before the others as in MVD: after the positions, without one of its own."""
     return torch.cat([module.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
 
 
 def _drop_class_token(module: nn.Module, args: Any, output: Any) -> Any:
-    """As in MVD: mean pooling goes over the other tokens."""
+    """Leave the mean to the other tokens, as MVD's pooling does."""
     if isinstance(output, tuple):
         return (output[0][:, 1:], *output[1:])
     output.last_hidden_state = output.last_hidden_state[:, 1:]
@@ -153,13 +142,13 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """transformers' `save_pretrained`, the tensors that it has no place for, and a line that says so."""
+    """Save as transformers does, beside it the tensors that it has no place for, and say so in one line."""
     tensors = {}
     if model._everest_numbers.get("position") == "stored":
-        tensors["position_embeddings"] = _backbone(model).embeddings.position_embeddings[0].cpu().contiguous()
+        tensors["position_embeddings"] = model.base_model.embeddings.position_embeddings[0].cpu().contiguous()
     if model._everest_numbers.get("class_token"):
         state_dict = dict(state_dict or model.state_dict())  # a sharded model's is gathered by the caller
-        key = "embeddings.cls_token" if model is _backbone(model) else "videomae.embeddings.cls_token"
+        key = "embeddings.cls_token" if model is model.base_model else "videomae.embeddings.cls_token"
         tensors["class_token"] = state_dict.pop(key).detach().cpu().contiguous()
     if tensors and is_main_process:  # before the weights, which may be pushed to a hub at once
         Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -176,18 +165,18 @@ def _save_pretrained(
 
 def _tensors_beside(model: original.VideoMAEPreTrainedModel) -> dict[str, Tensor]:
     source, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
-    path = Path(source, TENSORS_FILE) if source else None
-    if commit is not None:  # from a hub
-        try:
+    try:
+        if not source:
+            raise FileNotFoundError("the model doesn't come from a folder")
+        path = Path(source, TENSORS_FILE)
+        if commit is not None:  # from a hub
             path = Path(cached_file(source, TENSORS_FILE, _commit_hash=commit, revision=commit))
-        except OSError as error:
-            raise ValueError(f"config.everest says that this model needs {TENSORS_FILE}: {error}") from error
-    if path is None or not path.is_file():
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"config.everest says that this model needs {TENSORS_FILE}, which isn't in {source or 'any folder'!r}: "
-            "load the model from the folder that save_pretrained or `everest-tokens convert` wrote"
-        )
-    return load_file(path)
+            f"config.everest says that this model needs {TENSORS_FILE}: load it from the folder that save_pretrained or"
+            f" `everest-tokens convert` wrote ({error})"
+        ) from error
 
 
 def _fitting(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

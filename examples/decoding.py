@@ -1,6 +1,8 @@
-"""The two decoders behind `video`: PyAV reads whatever FFmpeg reads, torchcodec is faster where it can be trusted.
+"""Frames of video files by number: what feeds the data sets of clips.py, made for speed and for files that are damaged.
 
-A reader has a `length` and reads frames by number, in the order in which they are shown.
+Frames are numbered in the order in which they are shown. PyAV reads whatever FFmpeg reads; torchcodec, where it is
+installed and finds the system's FFmpeg libraries, reads the common containers faster and gives the same frames. Neither
+is imported before a file is opened. Files are local: a path, no URL.
 """
 
 from __future__ import annotations
@@ -10,18 +12,19 @@ import os
 import warnings
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from everest_tokens.video import ToRGB, check_file, integer, number_frames, open_video, read_errors
+
 BACKENDS = ("pyav", "torchcodec")
 
-# H.264 and HEVC may reorder a frame by at most 16 places; one further off means that the clock jumped or started again.
+# How many packets behind the end of a part are read, in case one of the part's comes late.
 _MAX_REORDER = 32
 
 # Codecs whose FFmpeg decoders leave out exactly the frames that no other frame refers to when told NONREF. (HEVC's goes
@@ -33,7 +36,89 @@ Part = tuple[float, float]
 T = TypeVar("T")
 
 
-def with_reader(
+def video_length(path: str | os.PathLike[str], *, backend: str | None = None) -> int:
+    """How many frames of a video file can be addressed, counted by reading its packets without decoding them.
+
+    The count in a container's header is not used: it includes what an edit list hides and what a cut-off file lacks.
+    In a damaged file some of the addressable frames may turn out not to decode (see `read_frames`).
+
+    Raises:
+        ValueError: as `read_frames`. ImportError: as `read_frames`.
+    """
+    return _with_reader(path, backend, lambda reader: reader.length)
+
+
+def read_frames(
+    path: str | os.PathLike[str],
+    indices: Iterable[int] | Callable[[int], Iterable[int]],
+    *,
+    short_side: int | None = None,
+    part: tuple[float, float] | None = None,
+    max_lost: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Read frames by number.
+
+    Decoding starts at the key frame before a wanted frame and stops at it; frames between that nothing refers to are
+    left out where the decoder can; only wanted frames become RGB. Where time stamps don't number a file's frames (AVI,
+    raw streams), it is decoded from the start and counted. Rotation metadata are honoured in steps of 90 degrees.
+    FFmpeg decodes with `torch.get_num_threads()` threads, which is 1 in the workers of a DataLoader. At full size the
+    backends agree to the bit, but for the chroma of interlaced video.
+
+    Args:
+        path: a local video file.
+        indices: frame numbers from 0, in any order, repeated at will. One beyond the end gives the last frame. Or a
+            function from the number of frames to such numbers, which saves a call of `video_length`.
+        short_side: resize frames whose short side is longer to this, keeping the aspect ratio (bilinear, antialiased);
+            smaller frames stay as they are.
+        part: (from, to) in seconds from the start of the video: frames are numbered from the first one at or after
+            `from`, and the last one is before `to`. Only that part of the file is read, where its format allows.
+        max_lost: the share, 0 to 1, of the frames asked for that may fail to decode.
+        backend: "pyav", "torchcodec" or None: torchcodec where it works and can be trusted with the file, else PyAV.
+
+    Returns:
+        uint8 (T, 3, H, W), RGB, in the order of `indices`; the channels lie next to each other in memory (not
+        contiguous), as decoders give them and torchvision resizes them fastest. If the video changes its size, all have
+        that of the first.
+
+    Frames that a damaged or cut-off file promises but that don't decode are replaced by the last decodable one before
+    them, with one warning. (Matroska and MPEG-TS promise no number of frames: cut off, they are just shorter.)
+
+    Raises:
+        ValueError: indices are empty, negative or not integers; another argument is out of its range; the path is
+            missing, a directory, empty (0 bytes), without video (audio only) or undecodable; `part` has no frames; more
+            than `max_lost` don't decode; or torchcodec was asked for and cannot be trusted with this file (a container
+            other than MP4, QuickTime and Matroska, VP8 video, damage) or with a part of a file.
+        ImportError: no backend, or not the one asked for, is installed.
+    """
+    if short_side is not None:
+        short_side = integer("short_side", short_side, least=1)
+    if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1] < math.inf):
+        raise ValueError(f"part must be (from, to) in seconds, 0 <= from < to, got {part!r}")
+    if not 0 <= max_lost <= 1:
+        raise ValueError(f"max_lost must be a share from 0 to 1, got {max_lost!r}")
+    if callable(indices):
+        choose = indices
+        return _with_reader(
+            path, backend, lambda reader: reader.read(_numbers(choose(reader.length)), short_side, max_lost), part
+        )
+    numbers = _numbers(indices)
+    return _with_reader(path, backend, lambda reader: reader.read(numbers, short_side, max_lost), part)
+
+
+def _numbers(indices: Any) -> list[int]:
+    try:
+        # Arrays and tensors become Python numbers first: a tensor's elements would let booleans through.
+        values = indices.tolist() if hasattr(indices, "tolist") else list(indices)
+        numbers = [integer("a frame index", value, least=0) for value in values]
+    except TypeError as error:
+        raise ValueError(f"expected frame indices, got {indices!r}") from error
+    if not numbers:
+        raise ValueError(f"expected at least one frame index, got {indices!r}")
+    return numbers
+
+
+def _with_reader(
     path: str | os.PathLike[str],
     backend: str | None,
     use: Callable[[_PyAVReader | _TorchCodecReader], T],
@@ -43,13 +128,7 @@ def with_reader(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     name = os.fsdecode(path)
-    if not os.path.exists(name):
-        raise ValueError(f"{name}: no such file")
-    if os.path.isdir(name):
-        raise ValueError(f"{name}: a directory, expected a video file")
-    if os.path.getsize(name) == 0:
-        raise ValueError(f"{name}: the file is empty (0 bytes)")
-
+    check_file(name)
     if backend != "pyav" and _torchcodec_decoder() is not None:
         try:
             return use(_TorchCodecReader(name, part))
@@ -59,10 +138,6 @@ def with_reader(
                 raise ValueError(f"{name}: not for torchcodec ({error}); backend='pyav' may read it") from error
     elif backend == "torchcodec":
         raise ImportError("torchcodec is not installed, or doesn't find FFmpeg's shared libraries on this system")
-    try:
-        import av  # noqa: F401
-    except ImportError as error:
-        raise ImportError('reading this video needs PyAV: pip install "everest-tokens[video]"') from error
     return use(_PyAVReader(name, part))
 
 
@@ -148,10 +223,10 @@ class _PyAVReader:
         """Number the frames of the file, or those around a part of it, by reading packets. False: not by the latter."""
         packets: list[Any] = []
         self.seek: int | None = None  # the time stamp to seek before anything is read
-        container, stream = self._open()
+        container, stream = open_video(self.path)
         # Reading errors come up again in `_frames`, if it gets as far as that.
-        with container, suppress(*self._read_errors()):
-            promised, is_avi = stream.frames, "avi" in container.format.name.split(",")
+        with container, suppress(*read_errors()):
+            promised, format = stream.frames, container.format.name
             self.origin, self.clock, self.rate = stream.start_time or 0, stream.time_base, stream.average_rate
             if around is not None:
                 from_time, to_time = self._ticks(around)
@@ -167,22 +242,14 @@ class _PyAVReader:
                 if beyond > _MAX_REORDER:
                     break
         shown = [pts for pts, _, discard in packets if not discard]  # an edit list discards frames after their decoding
-        if not shown:
-            if around is not None:
-                return False
-            raise ValueError(f"{self.path}: undecodable, its video stream contains no frames")
-        # VP8 stores a hidden frame just before the one shown next, under its time stamp. It doesn't count, but numbers
-        # by time stamp are then as unreliable as where the clock jumps and where (AVI) FFmpeg guesses the time stamps.
-        self.length = 1 + sum(pts is None or pts != following for pts, following in pairwise(shown))
-        self.times = [] if None in shown else sorted(set(shown))
+        if not shown and around is not None:
+            return False
+        self.length, self.numbers = number_frames(self.path, shown, format)
+        self.times = list(self.numbers or ())
         self.promised = max(self.length, promised - (len(packets) - len(shown)))
-        numbers = {pts: number for number, pts in enumerate(self.times)}
-        unambiguous = not is_avi and len(numbers) == len(shown)
-        steady = unambiguous and all(abs(numbers[pts] - place) <= _MAX_REORDER for place, pts in enumerate(shown))
-        self.numbers = numbers if steady else None
         self.positions = {pts: position for position, (pts, _, _) in enumerate(packets)}
         self.keys = [(pts, position) for position, (pts, is_key, _) in enumerate(packets) if is_key and pts is not None]
-        return around is None or (steady and any(pts <= from_time for pts, _ in self.keys))
+        return around is None or (self.numbers is not None and any(pts <= from_time for pts, _ in self.keys))
 
     def _ticks(self, part: Part) -> tuple[int, int]:
         """A part in the time stamps of the video stream."""
@@ -255,10 +322,10 @@ class _PyAVReader:
         found: dict[int, Tensor] = {}
         missing: set[int] = set()
         errors: list[str] = []
-        to_rgb = _ToRGB(short_side)
+        to_rgb = _ToReducedRGB(short_side)
         queue = deque(wanted)
         last, last_frame = -1, None
-        container, stream = self._open()
+        container, stream = open_video(self.path)
         with container:
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
@@ -289,7 +356,6 @@ class _PyAVReader:
 
         Where `times` are given, the decoder may leave out frames of other times if no other frame refers to them.
         """
-        import av
 
         context = stream.codec_context
         ranges = deque(plan or ())
@@ -322,73 +388,30 @@ class _PyAVReader:
                     context.skip_frame = "NONREF" if skip else "DEFAULT"
                 try:
                     frames = stream.decode(packet)
-                except av.FFmpegError as error:
+                except read_errors() as error:
                     errors.append(str(error))
                 else:
                     yield from frames
-        except self._read_errors() as error:
+        except read_errors() as error:
             errors.append(str(error))
         try:
             held_back = stream.decode(None)  # for reordering
-        except av.FFmpegError as error:
+        except read_errors() as error:
             errors.append(str(error))
         else:
             yield from held_back
 
-    @staticmethod
-    def _read_errors() -> tuple[type[Exception], ...]:
-        import av
 
-        return av.FFmpegError, IndexError  # PyAV's demux raises the latter where damage pretends to be a new stream
+class _ToReducedRGB(ToRGB):
+    """Reduces frames to `short_side` too: swscale resizes in the same pass, without aliasing."""
 
-    def _open(self) -> tuple[Any, Any]:
-        """(container, video stream), the stream being the one that FFmpeg deems best, as in torchcodec."""
-        import av
-        from av.stream import Disposition
-
-        try:
-            container = av.open(self.path, metadata_errors="ignore")
-        except av.FFmpegError as error:
-            raise ValueError(f"{self.path}: undecodable, FFmpeg can't open it ({error.strerror})") from error
-        stream = container.streams.best("video")
-        if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
-            problem = "no video stream, audio only" if container.streams.audio else "undecodable, no video stream"
-        elif stream.codec_context is None:
-            problem = "undecodable, this FFmpeg has no decoder for its video stream"
-        else:
-            return container, stream
-        container.close()
-        raise ValueError(f"{self.path}: {problem}")
-
-
-class _ToRGB:
-    """Converts frames to uint8 (H, W, 3), turned upright and all of one size: the first one's, reduced to `short_side`.
-
-    One reformatter for all: setting one up, as `frame.to_ndarray(format="rgb24")` does, costs more than the conversion,
-    and so do threads at this size. swscale resizes in the same pass, without aliasing.
-    """
-
-    def __init__(self, short_side: int | None = None) -> None:
-        from av.video.reformatter import VideoReformatter
-
-        self.reformatter = VideoReformatter()
+    def __init__(self, short_side: int | None) -> None:
+        super().__init__()
         self.short_side = short_side
-        self.size: tuple[int, int] | None = None
 
     def __call__(self, frame: Any) -> Tensor:
-        import av
-
-        height, width = self.size = self.size or _reduced(frame.height, frame.width, self.short_side)
-        to_rgb24: dict[str, Any] = {"width": width, "height": height, "format": "rgb24", "threads": 1}
-        try:
-            rgb = self.reformatter.reformat(frame, **to_rgb24)
-        except av.FFmpegError:
-            frame.colorspace = 2  # unspecified; swscale refuses the reserved ones that some files state
-            rgb = self.reformatter.reformat(frame, **to_rgb24)
-        # frame.rotation is the turn, counterclockwise in degrees, that the display matrix asks for.
-        turns = round(frame.rotation / 90) % 4
-        pixels = torch.from_numpy(rgb.to_ndarray())
-        return torch.rot90(pixels, turns, dims=(0, 1)) if turns else pixels  # rot90 copies even by 0 turns
+        self.size = self.size or _reduced(frame.height, frame.width, self.short_side)
+        return super().__call__(frame)
 
 
 def _reduced(height: int, width: int, short_side: int | None) -> tuple[int, int]:

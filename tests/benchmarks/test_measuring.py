@@ -7,10 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-
-from everest_tokens.measuring import (
+from measuring import (
     allocated_bytes,
     bytes_saved_for_backward,
     inference_step,
@@ -22,6 +19,8 @@ from everest_tokens.measuring import (
     training_step,
     videomae_mask,
 )
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def test_a_linear_layer_keeps_its_input():

@@ -1,0 +1,293 @@
+"""The live settings of a patched model, `model.everest`, and their record, `config.everest`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everest_tokens.frame_sampling import InfoFrameSampler
+from everest_tokens.selection import TokenSelection, count_per_step, has_values, run_selector, source_positions
+from everest_tokens.selectors import (
+    RandomSelector,
+    ReRoSelector,
+    RunningCellSelector,
+    Selector,
+    TokenSelector,
+    TubeSelector,
+    floor_of,
+    shuffled,
+    static_ratio,
+)
+from everest_tokens.tubelets import Grid, gather_tokens
+
+_SELECTORS = (ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector)
+
+
+class LiveSettings(dict[str, Any]):
+    """The settings of a patched model as its config shows them, told apart from the plain dict of a saved folder."""
+
+    policy: SelectionPolicy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """Give the copied model's settings where the model is copied; a config copied alone is as a saved one."""
+        policy = copy.deepcopy(self.policy, memo)
+        if policy is not self.policy:
+            return policy.settings
+        return {key: copy.deepcopy(value, memo) for key, value in self.items()}
+
+
+class SelectionPolicy:
+    """How one patched model selects: `model.everest`. What is set here takes effect at the next forward.
+
+    Attributes:
+        task: "pretraining" (visible and targets) or "encoder" (every kept token is visible).
+        settings: the same as plain JSON, always in step; this dict is `config.everest`.
+        root, host: the patched model, and what knows its kind; None until it is patched.
+
+    Args:
+        selector: (tokens, grid) → kept (B, K); ρ_pre is its keep_ratio.
+        mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ tokens are visible: 1 − ρ_pre·ρ_post of the paper.
+        visible: a selector that chooses the visible tokens instead of drawing them from the kept; the targets are
+            the kept tokens that are not visible. A custom one must choose among the kept, which is checked on the
+            CPU, and on an accelerator within `torch.autograd.detect_anomaly()`.
+        frame_sampler: draws the clip's time steps out of more candidates (§4.2).
+    """
+
+    mask_ratio = static_ratio("mask_ratio", "a number in (0, 1)", lambda ratio: 0 < ratio < 1)
+
+    def __init__(
+        self,
+        task: str,
+        selector: Selector,
+        mask_ratio: float,
+        visible: Selector | None,
+        frame_sampler: InfoFrameSampler | None,
+    ) -> None:
+        self.settings = LiveSettings(task=task)
+        self.settings.policy = self
+        self._root: weakref.ref[nn.Module] | None = None
+        self.host: Any = None
+        self.selector = selector
+        self.mask_ratio = mask_ratio
+        self.visible = visible
+        self.frame_sampler = frame_sampler
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelectionPolicy:
+        """Copy the settings of a model that is copied; a part copied alone goes on selecting as the model does."""
+        if self.root is not None and id(self.root) not in memo:
+            return self
+        if id(self) not in memo:
+            memo[id(self)] = twin = SelectionPolicy.__new__(SelectionPolicy)
+            parts = (copy.deepcopy(part, memo) for part in (self.selector, self.visible, self.frame_sampler))
+            selector, visible, frame_sampler = parts
+            twin.__init__(self.task, selector, self.mask_ratio, visible, frame_sampler)  # type: ignore[misc]
+            twin.root, twin.host = memo.get(id(self.root)), self.host
+            twin.settings.update({key: value for key, value in self.settings.items() if key not in twin.settings})
+        return memo[id(self)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.root = state["_root"]
+
+    @property
+    def root(self) -> nn.Module | None:
+        return None if self._root is None else self._root()
+
+    @root.setter
+    def root(self, value: nn.Module | None) -> None:
+        # Weak, so that a model that nobody holds any more is freed at once, not when garbage is collected.
+        self._root = None if value is None else weakref.ref(value)
+
+    @property
+    def task(self) -> str:
+        return self.settings["task"]
+
+    @property
+    def selector(self) -> Selector:
+        return self._selector
+
+    @selector.setter
+    def selector(self, value: Selector) -> None:
+        self._selector = _checked_selector(value, "selector")
+        self.settings["selector"] = _settings_of(value)
+
+    @property
+    def visible(self) -> Selector | None:
+        return self._visible
+
+    @visible.setter
+    def visible(self, value: Selector | None) -> None:
+        if value is not None and self.task != "pretraining":
+            raise ValueError(f"visible= chooses among a pre-training model's tokens; got {value!r} for an encoder")
+        self._visible = None if value is None else _checked_selector(value, "visible")
+        self.settings["visible"] = None if value is None else _settings_of(value)
+
+    @property
+    def frame_sampler(self) -> InfoFrameSampler | None:
+        return self._frame_sampler
+
+    @frame_sampler.setter
+    def frame_sampler(self, value: InfoFrameSampler | None) -> None:
+        if value is not None and not isinstance(value, InfoFrameSampler):
+            raise TypeError(f"frame_sampler must be an InfoFrameSampler or None, got {type(value).__name__}")
+        self._frame_sampler = value
+        self.settings["frame_sampler"] = None if value is None else _settings_of(value)
+
+    def num_candidates(self, num_steps: int) -> int:
+        """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
+        return num_steps if self.frame_sampler is None else self.frame_sampler.num_candidates(num_steps)
+
+    def check(self, grid: Grid) -> None:
+        """Raise ValueError where these settings can't work on clips of `grid`. Custom callables show only when run."""
+        self.num_candidates(grid[0])
+        if not isinstance(self.selector, TokenSelector):
+            return
+        kept = self.selector.num_kept(grid)
+        if self.task != "pretraining":
+            return
+        if self.visible is None:
+            self._num_targets(self._num_drawn(grid), kept, grid)
+        elif isinstance(self.visible, TokenSelector):
+            self._num_targets(self.visible.num_kept(grid), kept, grid)
+
+    def _num_drawn(self, grid: Grid) -> int:
+        """V where the visible tokens are drawn from the kept."""
+        return floor_of(1 - self.mask_ratio, math.prod(grid))
+
+    def _num_targets(self, visible: int, kept: int, grid: Grid) -> int:
+        """M: how many of the K kept tokens are not visible, the same in every clip, or else a ValueError."""
+        shared = visible
+        if isinstance(self.visible, TokenSelector) and kept < math.prod(grid):
+            selector, tubes = self.selector, isinstance(self.visible, TubeSelector)
+            if isinstance(selector, RunningCellSelector) and tubes and grid[0] % 4 == 0:
+                shared = visible * kept // math.prod(grid)  # a place is kept in 4·keep_ratio of every 4 steps
+            elif not _ranks_alike(selector, self.visible):
+                raise ValueError(
+                    f"how many tokens {selector!r} and visible={self.visible!r} share differs from clip to clip on grid"
+                    f" {grid}, so their targets make no batch: use visible= with a selector that keeps all tokens, with"
+                    " RunningCellSelector and TubeSelector over a multiple of 4 time steps, or with two ReRoSelectors"
+                    " of the same distance"
+                )
+        if visible < 1 or kept - shared < 1:
+            what = f"mask_ratio {self.mask_ratio}" if self.visible is None else f"visible={self.visible!r}"
+            raise ValueError(
+                f"{what} gives {visible} visible of {kept} kept tokens: expected at least 1 visible and 1 target"
+            )
+        return kept - shared
+
+    def select(
+        self,
+        tokens: Tensor,
+        grid: Grid,
+        *,
+        training: bool = True,
+        generator: torch.Generator | None = None,
+        with_importance: bool = False,
+    ) -> TokenSelection:
+        """Select from the embeddings of one batch of clips.
+
+        Args:
+            tokens: (B, N, D), or (B, ⌊α·τ⌋·h·w, D) with a frame sampler; before the position embedding.
+            grid: (τ, h, w), of the clip that the model runs.
+            training: whether the frame sampler draws, or takes its most probable steps.
+            generator: for every random choice made here; torch's default generator otherwise.
+            with_importance: also report Eq. 2's importance.
+        """
+        tokens = tokens.detach()
+        steps = None
+        if self.frame_sampler is not None:
+            candidates = (self.frame_sampler.num_candidates(grid[0]), *grid[1:])
+            counts = count_per_step(run_selector(self.selector, tokens, candidates, generator), candidates)
+            if training:
+                steps = self.frame_sampler(counts, grid[0], generator)
+            else:
+                steps = self.frame_sampler.most_probable(counts, grid[0])
+            everything = torch.arange(math.prod(grid), device=tokens.device).expand(tokens.shape[0], -1)
+            tokens = gather_tokens(tokens, source_positions(everything, steps, grid))
+        kept = run_selector(self.selector, tokens, grid, generator)
+        importance = None
+        if with_importance and isinstance(self.selector, ReRoSelector):
+            importance = self.selector.importance(tokens, grid)
+        visible, target = self._split(kept, tokens, grid, generator)
+        return TokenSelection(visible, target, grid, importance, steps)
+
+    def _split(
+        self, kept: Tensor, tokens: Tensor, grid: Grid, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """kept (B, K) → visible (B, V), target (B, M) or None."""
+        if self.task != "pretraining":
+            return kept, None
+        if self.visible is None:  # ρ_post of the kept, at random (§4.1)
+            drawn = self._num_drawn(grid)
+            self._num_targets(drawn, kept.shape[1], grid)
+            order = shuffled(kept.shape[0], kept.shape[1], kept.device, generator)
+            chosen, others = order[:, :drawn].sort(dim=1).values, order[:, drawn:].sort(dim=1).values
+            return kept.gather(1, chosen), kept.gather(1, others)
+        visible = run_selector(self.visible, tokens, grid, generator)
+        targets = self._num_targets(visible.shape[1], kept.shape[1], grid)
+        seen = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device).scatter(1, visible, 1)
+        seen = seen.gather(1, kept)  # (B, K): 1 where a kept token is visible
+        custom = not isinstance(self.visible, TokenSelector)
+        if custom and has_values(seen) and int(seen.sum()) != visible.numel():
+            raise ValueError(f"visible={self.visible!r} must choose distinct tokens among the kept")
+        unseen_first = seen.sort(dim=1, stable=True).indices
+        return visible, kept.gather(1, unseen_first[:, :targets])
+
+
+def _checked_selector(selector: Selector, name: str) -> Selector:
+    if not callable(selector) or isinstance(selector, type):
+        raise TypeError(f"{name} must be a callable (tokens, grid) -> (B, K) indices, got {selector!r}")
+    if isinstance(selector, nn.Module):
+        state = [key for key, _ in (*selector.named_parameters(), *selector.named_buffers())]
+        if state:
+            raise TypeError(
+                f"{name} must have neither parameters nor buffers, so that the model's checkpoints stay as they are; "
+                f"{type(selector).__name__} has {', '.join(state)}"
+            )
+    return selector
+
+
+def _settings_of(part: Any) -> dict[str, Any]:
+    """What JSON records of a selector or a frame sampler; a subclass may do anything, so it counts as custom."""
+    return part.settings if type(part) in (*_SELECTORS, InfoFrameSampler) else {"name": "custom"}
+
+
+def _ranks_alike(selector: Selector, visible: Selector) -> bool:
+    """Whether the two keep the top of one ranking, so that the shorter selection lies within the longer."""
+    if not (isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector)):
+        return False
+    return selector.distance == visible.distance and selector.descending == visible.descending
+
+
+def frame_sampler_from(settings: dict[str, Any]) -> InfoFrameSampler:
+    """Rebuild a frame sampler from `config.everest`. Raises ValueError for one that JSON could not record."""
+    if settings.get("name") != InfoFrameSampler.__name__ or "alpha" not in settings:
+        raise ValueError(f"config.everest records a custom frame sampler ({settings}): pass frame_sampler=")
+    return InfoFrameSampler(settings["alpha"])
+
+
+def selector_from(settings: dict[str, Any], name: str) -> Selector:
+    """Rebuild a selector from `config.everest`. Raises ValueError for one that JSON could not record."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
+        raise ValueError(f"config.everest records a {name} that can't be read: {settings}")
+    known = {cls.__name__: cls for cls in _SELECTORS}
+    arguments = {key: value for key, value in settings.items() if key != "name"}
+    if settings.get("name") not in known or settings.get("distance") == "custom":
+        raise ValueError(
+            f"config.everest records a custom {name}, which can't be rebuilt from {settings}: pass {name}="
+        )
+    try:
+        return known[settings["name"]](**arguments)
+    except TypeError as error:  # written by another version
+        raise ValueError(f"config.everest records a {name} that this version can't build: {settings}") from error

@@ -1,0 +1,160 @@
+"""torch.compile and torch.export of patched models of every host."""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from host_case import HostCase, gradients, weighted
+from host_contract import hosts
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+
+import everest_tokens as et
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+class TestCompile:
+    """The aot_eager backend traces all that inductor would compile."""
+
+    @hosts(variants=False)
+    def test_trains_in_one_graph(self, case):
+        model = case.patched(dtype=torch.float32).train()
+        twin, clips, selection = copy.deepcopy(model), case.clips(dtype=torch.float32), case.selection()
+        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        expected, actual = case.run(model, clips, selection), case.run(compiled, clips, selection)
+        case.close(actual, expected, 1e-4)
+        for output in (expected, actual):
+            weighted(output).backward()
+        case.close_gradients(twin, model, 1e-3)
+        other = case.selection(seed=9)
+        case.close(case.run(compiled, clips, other), case.run(model, clips, other), 1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
+
+    @hosts()
+    def test_selects_in_one_graph_of_each_keep_ratio(self, case):
+        model, clips = case.patched(dtype=torch.float32), case.clips(dtype=torch.float32)
+        compiled, graphs = torch.compile(model, fullgraph=True, backend="eager"), []
+        for keep_ratio in (0.5, 0.5, 0.75, 0.5):
+            model.everest.selector.keep_ratio = keep_ratio
+            with torch.no_grad():
+                expected, actual = case.run(model, clips), case.run(compiled, clips)
+                case.close(actual, expected, 1e-4)  # random numbers too are eager's
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs == [1, 1, 2, 2]
+        assert torch.equal(et.select_tokens(compiled, clips).kept, et.select_tokens(model, clips).kept)
+        assert et.count_flops(compiled) == et.count_flops(model)
+
+    @hosts(variants=False)
+    def test_frame_sampler_drop_path_and_autocast_in_one_graph(self, case):
+        model = case.patched(dtype=torch.float32, frame_sampler=et.InfoFrameSampler(2.0), drop_path=0.3).train()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        clips, outputs = case.clips(frames=2 * case.clip[case.time], dtype=torch.float32), []
+        for _ in range(3):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                outputs.append(case.output(compiled(clips)).float())
+        weighted(outputs[-1]).backward()
+        assert not torch.allclose(outputs[0], outputs[1])  # still random in the graph
+        assert counters["stats"]["unique_graphs"] == 1
+        assert gradients(model)
+
+    @hosts(when=lambda case: case.name in ("VideoMAEForPreTraining", "mvd-class-token", "videomae-pretraining", "eva"))
+    def test_with_gradient_checkpointing(self, case):
+        model = case.patched(dtype=torch.float32).train()
+        twin, clips, selection = copy.deepcopy(model), case.clips(dtype=torch.float32), case.selection()
+        case.checkpointing(twin)
+        graphs = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        compiled = torch.compile(twin, fullgraph=True, backend=backend)
+        for each in (model, compiled):
+            weighted(case.run(each, clips, selection)).backward()
+        case.close_gradients(twin, model, 1e-3)
+        checkpoints = [node for node in graphs[0].graph.nodes if "activation_checkpoint" in str(node.target)]
+        assert len(checkpoints) == (4 if case.pretraining else 2)  # the graph knows of every block's
+
+    @hosts(variants=False)
+    def test_patching_after_compiling(self, case):
+        plain, clips, selection = case.build(0), case.clips(dtype=torch.float32), case.selection()
+        compiled = torch.compile(plain, fullgraph=True, backend="eager")
+        assert case.patch(compiled) is compiled
+        case.close(case.run(compiled, clips, selection), case.run(case.patched(dtype=torch.float32), clips, selection))
+        assert et.unpatch_videomae(compiled) is compiled
+        assert not hasattr(plain, "everest")
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+    @hosts(when=lambda case: case.name in ("VideoMAEForPreTraining", "vit"))
+    def test_inductors_steps_are_the_eager_ones(self, case):
+        model = case.patched(dtype=torch.float32).train()
+        for stack in (model.get_submodule(case.blocks), *([model.decoder.decoder_layers] if case.pretraining else [])):
+            del stack[1:]  # compiling takes its time
+        twin, before = copy.deepcopy(model), copy.deepcopy(model)
+        compiled = torch.compile(twin, fullgraph=True)
+        optimisers = [torch.optim.SGD(each.parameters(), lr=1e-3) for each in (model, twin)]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step in range(3):
+                clips, selection = case.clips(seed=step, dtype=torch.float32), case.selection(seed=step)
+                for each, optimiser in zip((model, compiled), optimisers, strict=True):
+                    optimiser.zero_grad()
+                    weighted(case.run(each, clips, selection)).backward()
+                    optimiser.step()
+        for (name, trained), start in zip(model.named_parameters(), before.parameters(), strict=True):
+            moved = (trained - start).norm()
+            assert (twin.get_parameter(name) - trained).norm() <= 1e-2 * moved + 1e-6, name
+        assert gradients(model)
+
+
+class Exported(nn.Module):
+    """torch's guards on what a forward takes in **kwargs don't run (2.15: NameError), so it is named here."""
+
+    def __init__(self, case: HostCase, model: Any) -> None:
+        super().__init__()
+        self.case, self.model = case, model
+
+    def forward(self, clips: Tensor, token_selection: Any = None) -> Tensor:
+        return self.case.output(self.model(clips, token_selection=token_selection))
+
+
+class TestExport:
+    @hosts("export")
+    @pytest.mark.parametrize("given", [False, True], ids=["selecting", "given"])
+    def test_with_a_dynamic_batch_through_a_file(self, case, given):
+        model = case.patched(dtype=torch.float32)
+        inputs: dict[str, Any] = {"clips": case.clips(dtype=torch.float32)}
+        if given:
+            inputs["token_selection"] = case.selection()
+        shapes = torch.export.ShapesCollection()
+        for tensor in pytree.tree_leaves(inputs):
+            if isinstance(tensor, Tensor):
+                shapes[tensor] = {0: torch.export.Dim("batch", min=1, max=64)}
+        program = torch.export.export(Exported(case, model), (), inputs, dynamic_shapes=shapes, strict=False)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        exported = torch.export.load(buffer).module()
+        for size in (1, 2, 5):
+            clips = case.clips(batch=size, seed=size, dtype=torch.float32)
+            selection = case.selection(batch=size, seed=size) if given else None
+            torch.manual_seed(11)
+            actual = exported(clips=clips, token_selection=selection) if given else exported(clips=clips)
+            case.close(actual, case.run(model, clips, selection), 1e-4)
+        model.everest.selector.keep_ratio = 0.75  # exports bake it in
+        if not given:
+            assert exported(clips=clips).shape == actual.shape
