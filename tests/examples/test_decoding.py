@@ -405,7 +405,7 @@ def test_neither_backend_installed(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     for backend in (None, "pyav"):
-        with pytest.raises(ImportError, match=r'pip install "everest-tokens\[video\]"'):
+        with pytest.raises(ImportError, match=r"pip install -e '\.\[video\]'"):
             read_frames(path, [0], backend=backend)
 
 
