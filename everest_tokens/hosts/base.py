@@ -52,6 +52,10 @@ class Host:
         """The shape of one clip as `forward` takes it, patched or not, its grid (τ, h, w), and a token's channels."""
         raise NotImplementedError
 
+    def num_candidates(self, root: Any, grid: Grid) -> int:
+        """How many time steps `root` takes for a clip of `grid`, patched or not."""
+        return root.everest.num_candidates(grid[0]) if hasattr(root, "everest") else grid[0]
+
     def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
         """(module, mixin): what must know the kept positions."""
         raise NotImplementedError

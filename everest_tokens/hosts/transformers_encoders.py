@@ -97,7 +97,7 @@ class TransformersEncoder(Host):
 
     def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
         size, grid, image = self.geometry(root)
-        steps = root.everest.num_candidates(grid[0]) if hasattr(root, "everest") else grid[0]
+        steps = self.num_candidates(root, grid)
         weight = getattr(self.embeds(root).patch_embeddings, self.patches.projection_name).weight
         return (1, size.frames * steps, weight.shape[1], *image), grid, weight.shape[0]
 

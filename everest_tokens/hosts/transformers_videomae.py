@@ -173,7 +173,7 @@ class TransformersVideoMAE(Host):
     def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
         patches = _backbone(root).embeddings.patch_embeddings
         size, grid, image = Tubelets.geometry(patches)
-        steps = root.everest.num_candidates(grid[0]) if hasattr(root, "everest") else grid[0]
+        steps = self.num_candidates(root, grid)
         return (1, size.frames * steps, patches.num_channels, *image), grid, root.config.hidden_size
 
     def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:

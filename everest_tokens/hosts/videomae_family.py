@@ -193,7 +193,7 @@ class VideoMAEFamily(Host):
     def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
         embedding = _encoder(root).patch_embed
         size, grid, image = Tubelets.geometry(embedding)
-        steps = root.everest.num_candidates(grid[0]) if hasattr(root, "everest") else grid[0]
+        steps = self.num_candidates(root, grid)
         weight = embedding.proj.weight
         return (1, weight.shape[1], size.frames * steps, *image), grid, weight.shape[0]
 
