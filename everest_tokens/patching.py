@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
+import sys
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
-from everest_tokens.hosts import base
-from everest_tokens.hosts.base import Host, Snapshot
-from everest_tokens.hosts.patch_options import PatchOptions
-from everest_tokens.hosts.timm_vit import TimmViT
-from everest_tokens.hosts.transformers_encoders import VJEPA2, Timesformer, Vivit
-from everest_tokens.hosts.transformers_videomae import TransformersVideoMAE
+from everest_tokens.hosts.base import Host, PatchOptions, all_or_nothing, attach, detach
+from everest_tokens.hosts.running import forward_of
 from everest_tokens.hosts.trial_run import trial_run
-from everest_tokens.hosts.videomae_family import VideoMAEFamily
-from everest_tokens.policy import LiveSettings, SelectionPolicy, frame_sampler_from, selector_from
+from everest_tokens.policy import LiveSettings, SelectionPolicy, selector_from
 from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import ReRoSelector, Selector
 
@@ -26,7 +25,16 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # A float of its own identity: 0.9 that a caller passes must win over a recorded value, this default must not.
 _MASK_RATIO = float("0.9")
-_HOSTS: tuple[Host, ...] = (TransformersVideoMAE(), VJEPA2(), Vivit(), Timesformer(), TimmViT(), VideoMAEFamily())
+# Hosts, each behind the module without which no model of its kind can exist: nobody waits for what isn't used.
+_HOSTS = {
+    "transformers_videomae.TransformersVideoMAE": "transformers.models.videomae.modeling_videomae",
+    "transformers_encoders.VJEPA2": "transformers.models.vjepa2.modeling_vjepa2",
+    "transformers_encoders.Vivit": "transformers.models.vivit.modeling_vivit",
+    "transformers_encoders.Timesformer": "transformers.models.timesformer.modeling_timesformer",
+    "timm_vit.TimmViT": "timm",
+    "videomae_family.VideoMAEFamily": "torch",
+    "videomae_family.MMActionViT": "torch",
+}
 _SELECTION_KEYS = {"selector", "mask_ratio", "visible", "frame_sampler"}
 _KEEP_RATIO = {"pretraining": 0.3, "encoder": 0.6}  # ρ_pre of Tables 7 and 8
 
@@ -57,7 +65,8 @@ def patch_videomae(
     Args:
         model: transformers' VideoMAEForPreTraining, VideoMAEForVideoClassification or VideoMAEModel, its V-JEPA 2
             (without the predictor), ViViT, or TimeSformer with joint attention; a model of the VideoMAE family's own
-            repositories; a timm VisionTransformer or Eva. PEFT, DDP and compiled wrappers are looked through.
+            repositories or mmaction2's VideoMAE; a timm VisionTransformer or Eva. PEFT, DDP and compiled wrappers are
+            looked through.
         selector: (tokens (B, N, D), grid (t, h, w)) → kept (B, K) int64. Default: `ReRoSelector` with ρ_pre = 0.3 for a
             model with a pixel decoder, 0.6 for the others.
         mask_ratio: in pre-training ⌊(1 − mask_ratio)·N⌋ of the kept tokens are visible, 1 − ρ_pre·ρ_post of the paper.
@@ -82,42 +91,29 @@ def patch_videomae(
     host = host_of(root)
     host.check(root)
     _refuse_parts(root)
-    _refuse_prepared(root)
-    if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
-        raise ValueError(f"drop_path must be in [0, 1), got {drop_path!r}")
     options = PatchOptions(drop_path, num_frames, tubelet_size, temporal_embedding, fused_attention)
-    options.refuse_others(host.patchable, *host.options)
+    host.check_options(root, options)
     if host.replaces_parameters(root, options):
         _refuse_ddp(model, "patch_videomae")
 
     task = host.task(root)
     recorded, numbers = _recorded(root, task)
-    if recorded and not all(isinstance(recorded[key], (dict, type(None))) for key in _SELECTION_KEYS - {"mask_ratio"}):
-        raise ValueError(f"config.everest can't be read: {recorded}: delete it to start from the defaults")
-    if selector is None:
-        selector = selector_from(recorded["selector"], "selector") if recorded else ReRoSelector(_KEEP_RATIO[task])
     if mask_ratio is _MASK_RATIO and recorded:
         mask_ratio = recorded["mask_ratio"]
-    if visible is None and recorded and recorded["visible"]:
-        visible = selector_from(recorded["visible"], "visible")
-    if frame_sampler is None and recorded and recorded["frame_sampler"]:
-        frame_sampler = frame_sampler_from(recorded["frame_sampler"])
-    if is_patched(root):  # a live model's own win over what was recorded
-        numbers = host.numbers(root)
-    policy = SelectionPolicy(task, selector, mask_ratio, visible, frame_sampler)
-    policy.settings.update(numbers)
-    policy.check(host.grid(root, options))
+    parts: dict[str, Any] = {"selector": selector, "visible": visible, "frame_sampler": frame_sampler}
+    for name, part in parts.items():
+        if part is None and recorded and (recorded[name] is not None or name == "selector"):
+            parts[name] = selector_from(recorded[name], name)
+    parts["selector"] = ReRoSelector(_KEEP_RATIO[task]) if parts["selector"] is None else parts["selector"]
+    policy = SelectionPolicy(task, mask_ratio=mask_ratio, **parts)
+    policy.settings.update(host.numbers(root) if is_patched(root) else numbers)  # a live model's own win
+    policy.check(host.geometry(root, options).grid)
 
-    before = Snapshot(root)
-    try:
+    with all_or_nothing(root):
         if is_patched(root):
-            host.check_detachable(root)
-            base.detach(host, root, options)
-        base.attach(host, root, policy, options)
+            detach(host, root, options)
+        attach(host, root, policy, options)
         trial_run(host, root)
-    except BaseException:
-        before.restore()
-        raise
     return model
 
 
@@ -125,11 +121,18 @@ def host_of(root: nn.Module) -> Host:
     """The host that knows this kind of model. Raises TypeError for a model that no host knows."""
     if is_patched(root):
         return root.everest.host  # type: ignore[union-attr, return-value]
-    for host in _HOSTS:
-        if isinstance(root, nn.Module) and host.recognises(root):
-            return host
-    patchable = "; ".join(host.patchable for host in _HOSTS)
+    for name, library in _HOSTS.items():
+        if isinstance(root, nn.Module) and library in sys.modules and _host(name).recognises(root):
+            return _host(name)
+    installed = (name for name, library in _HOSTS.items() if find_spec(library.partition(".")[0]))
+    patchable = "; ".join(_host(name).patchable for name in installed)
     raise TypeError(f"cannot patch {type(root).__qualname__}; patchable are {patchable}")
+
+
+@cache
+def _host(name: str) -> Host:
+    module, cls = name.split(".")
+    return getattr(import_module(f"everest_tokens.hosts.{module}"), cls)()
 
 
 def unpatch_videomae(model: Model) -> Model:
@@ -140,13 +143,12 @@ def unpatch_videomae(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched. TypeError: it is FSDP-sharded.
     """
-    root = _patched(model)
-    _refuse_sharded(root, "unpatch_videomae")
+    root = _patched(model, "unpatch_videomae")
     host = host_of(root)
     if host.replaces_parameters(root, None):
         _refuse_ddp(model, "unpatch_videomae")
-    host.check_detachable(root)
-    base.detach(host, root, None)
+    with all_or_nothing(root):
+        detach(host, root, None)
     return model
 
 
@@ -166,13 +168,12 @@ def select_tokens(
     Raises:
         ValueError: the model is not patched, or pixels that its forward would refuse. TypeError: it is FSDP-sharded.
     """
-    root = _patched(model)
-    _refuse_sharded(root, "select_tokens")
-    with torch.no_grad():
-        selection = base.select(root, pixel_values, generator)
+    root = _patched(model, "select_tokens")
+    with torch.no_grad(), forward_of(root.everest, generator=generator, only_selects=True) as current:
+        host_of(root).embeds(root)(pixel_values)
     # Autocast caches the weights it casts: cast under no_grad they would get no gradient in a forward that follows.
     torch.clear_autocast_cache()
-    return selection
+    return current.selection
 
 
 def is_patched(root: Any) -> bool:
@@ -181,10 +182,11 @@ def is_patched(root: Any) -> bool:
     return isinstance(policy, SelectionPolicy) and policy.root is root
 
 
-def _patched(model: nn.Module) -> Any:
+def _patched(model: nn.Module, function: str) -> Any:
     root = unwrap(model)
     if not is_patched(root):
         raise ValueError(f"{type(root).__qualname__} is not patched: call patch_videomae(model) first")
+    _refuse_sharded(root, function)
     return root
 
 
@@ -212,16 +214,12 @@ def _refuse_ddp(model: Any, function: str) -> None:
 
 
 def _refuse_parts(root: nn.Module) -> None:
-    """A model has one policy: neither may a part of a patched model be patched, nor a model with a patched part."""
+    """A model has one policy, its parts included, and what an instance-level forward calls a patch wouldn't reach."""
     for name, module in root.named_modules():
         policy = module.__dict__.get("everest")
         if isinstance(policy, SelectionPolicy) and policy.root is not root:
             part = f"its part {name}" if name else "this model, or the model that it is part of,"
             raise TypeError(f"{part} is patched already: unpatch that first")
-
-
-def _refuse_prepared(root: nn.Module) -> None:
-    for name, module in root.named_modules():
         if "forward" in module.__dict__:
             where = name or type(root).__qualname__
             how = "call patch_videomae before accelerate.prepare"
@@ -239,23 +237,21 @@ def _refuse_sharded(root: Any, function: str) -> None:
 
 def _recorded(root: Any, task: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `config.everest` says of the selection, for the same task, and of the checkpoint's numbers; else empty."""
-    if is_patched(root) and not hasattr(root, "config"):
-        return root.everest.settings, {}
-    recorded = getattr(getattr(root, "config", None), "everest", None)
-    if recorded is None:
-        return {}, {}
+    live = root.everest.settings if is_patched(root) else None
+    recorded = getattr(getattr(root, "config", None), "everest", live)
+    if recorded is None or recorded is live:
+        return live or {}, {}
     if not isinstance(recorded, dict):
         raise ValueError(f"config.everest must be a dict, got {recorded!r}: delete it to start from the defaults")
     numbers = {key: value for key, value in recorded.items() if key not in _SELECTION_KEYS | {"task"}}
-    if isinstance(recorded, LiveSettings) and not (is_patched(root) and root.everest.settings is recorded):
+    if isinstance(recorded, LiveSettings):
         whose, numbers = "written by another model that shares this config", {}
     elif not _SELECTION_KEYS & recorded.keys():  # of a converted checkpoint, never patched
         return {}, numbers
     elif recorded.get("task") != task:
         whose = f"recorded for {recorded.get('task')}, not for {task}"
     else:
-        missing = _SELECTION_KEYS - recorded.keys()
-        if missing:
+        if missing := _SELECTION_KEYS - recorded.keys():
             raise ValueError(f"config.everest lacks {', '.join(sorted(missing))}: delete it to start from the defaults")
         return recorded, numbers
     logger.warning("config.everest was %s: the paper's defaults apply where nothing is given", whose)

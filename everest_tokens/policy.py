@@ -25,7 +25,44 @@ from everest_tokens.selectors import (
 )
 from everest_tokens.tubelets import Grid, gather_tokens
 
-_SELECTORS = (ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector)
+_RECORDED = (ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector, InfoFrameSampler)
+
+
+def _part(name: str) -> Any:
+    """A selector or the frame sampler as a property of the policy, checked when it is set and in step with `settings`.
+
+    A subclass of ours may do anything, so it is recorded as custom.
+    """
+
+    def set_(policy: Any, value: Any) -> None:
+        if value is not None or name == "selector":
+            _check_part(policy, value, name)
+        setattr(policy, f"_{name}", value)
+        recorded = value.settings if type(value) in _RECORDED else {"name": "custom"}
+        policy.settings[name] = None if value is None else recorded
+
+    def get(policy: Any) -> Any:
+        return getattr(policy, f"_{name}")
+
+    return property(get, set_)
+
+
+def _check_part(policy: SelectionPolicy, value: Any, name: str) -> None:
+    """Raise TypeError or ValueError for what can't be the policy's selector, visible or frame_sampler."""
+    if name == "frame_sampler":
+        if not isinstance(value, InfoFrameSampler):
+            raise TypeError(f"frame_sampler must be an InfoFrameSampler or None, got {type(value).__name__}")
+        return
+    if name == "visible" and policy.task != "pretraining":
+        raise ValueError(f"visible= chooses among a pre-training model's tokens; got {value!r} for an encoder")
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be a callable (tokens, grid) -> (B, K) indices, got {value!r}")
+    state = [*value.named_parameters(), *value.named_buffers()] if isinstance(value, nn.Module) else []
+    if state:
+        raise TypeError(
+            f"{name} must have neither parameters nor buffers, so that the model's checkpoints stay as they are; "
+            f"{type(value).__name__} has {', '.join(key for key, _ in state)}"
+        )
 
 
 class LiveSettings(dict[str, Any]):
@@ -48,6 +85,7 @@ class SelectionPolicy:
         task: "pretraining" (visible and targets) or "encoder" (every kept token is visible).
         settings: the same as plain JSON, always in step; this dict is `config.everest`.
         root, host: the patched model, and what knows its kind; None until it is patched.
+        runs_without_clips: whether a forward over 0 clips runs, as patching found.
 
     Args:
         selector: (tokens, grid) → kept (B, K); ρ_pre is its keep_ratio.
@@ -58,6 +96,9 @@ class SelectionPolicy:
         frame_sampler: draws the clip's time steps out of more candidates (§4.2).
     """
 
+    selector = _part("selector")
+    visible = _part("visible")
+    frame_sampler = _part("frame_sampler")
     mask_ratio = static_ratio("mask_ratio", "a number in (0, 1)", lambda ratio: 0 < ratio < 1)
 
     def __init__(
@@ -72,6 +113,7 @@ class SelectionPolicy:
         self.settings.policy = self
         self._root: weakref.ref[nn.Module] | None = None
         self.host: Any = None
+        self.runs_without_clips = False
         self.selector = selector
         self.mask_ratio = mask_ratio
         self.visible = visible
@@ -86,10 +128,12 @@ class SelectionPolicy:
             return self
         if id(self) not in memo:
             memo[id(self)] = twin = SelectionPolicy.__new__(SelectionPolicy)
-            parts = (copy.deepcopy(part, memo) for part in (self.selector, self.visible, self.frame_sampler))
-            selector, visible, frame_sampler = parts
-            twin.__init__(self.task, selector, self.mask_ratio, visible, frame_sampler)  # type: ignore[misc]
+            parts = {
+                name: copy.deepcopy(getattr(self, name), memo) for name in ("selector", "visible", "frame_sampler")
+            }
+            twin.__init__(self.task, mask_ratio=self.mask_ratio, **parts)  # type: ignore[misc]
             twin.root, twin.host = memo.get(id(self.root)), self.host
+            twin.runs_without_clips = self.runs_without_clips
             twin.settings.update({key: value for key, value in self.settings.items() if key not in twin.settings})
         return memo[id(self)]
 
@@ -113,37 +157,6 @@ class SelectionPolicy:
     def task(self) -> str:
         return self.settings["task"]
 
-    @property
-    def selector(self) -> Selector:
-        return self._selector
-
-    @selector.setter
-    def selector(self, value: Selector) -> None:
-        self._selector = _checked_selector(value, "selector")
-        self.settings["selector"] = _settings_of(value)
-
-    @property
-    def visible(self) -> Selector | None:
-        return self._visible
-
-    @visible.setter
-    def visible(self, value: Selector | None) -> None:
-        if value is not None and self.task != "pretraining":
-            raise ValueError(f"visible= chooses among a pre-training model's tokens; got {value!r} for an encoder")
-        self._visible = None if value is None else _checked_selector(value, "visible")
-        self.settings["visible"] = None if value is None else _settings_of(value)
-
-    @property
-    def frame_sampler(self) -> InfoFrameSampler | None:
-        return self._frame_sampler
-
-    @frame_sampler.setter
-    def frame_sampler(self, value: InfoFrameSampler | None) -> None:
-        if value is not None and not isinstance(value, InfoFrameSampler):
-            raise TypeError(f"frame_sampler must be an InfoFrameSampler or None, got {type(value).__name__}")
-        self._frame_sampler = value
-        self.settings["frame_sampler"] = None if value is None else _settings_of(value)
-
     def num_candidates(self, num_steps: int) -> int:
         """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
         return num_steps if self.frame_sampler is None else self.frame_sampler.num_candidates(num_steps)
@@ -151,15 +164,13 @@ class SelectionPolicy:
     def check(self, grid: Grid) -> None:
         """Raise ValueError where these settings can't work on clips of `grid`. Custom callables show only when run."""
         self.num_candidates(grid[0])
-        if not isinstance(self.selector, TokenSelector):
-            return
-        kept = self.selector.num_kept(grid)
-        if self.task != "pretraining":
-            return
-        if self.visible is None:
-            self._num_targets(self._num_drawn(grid), kept, grid)
-        elif isinstance(self.visible, TokenSelector):
-            self._num_targets(self.visible.num_kept(grid), kept, grid)
+        kept, visible = (
+            part.num_kept(grid) if isinstance(part, TokenSelector) else None for part in (self.selector, self.visible)
+        )
+        if self.task == "pretraining" and self.visible is None:
+            visible = self._num_drawn(grid)
+        if kept is not None and visible is not None:
+            self._num_targets(visible, kept, grid)
 
     def _num_drawn(self, grid: Grid) -> int:
         """V where the visible tokens are drawn from the kept."""
@@ -245,24 +256,6 @@ class SelectionPolicy:
         return visible, kept.gather(1, unseen_first[:, :targets])
 
 
-def _checked_selector(selector: Selector, name: str) -> Selector:
-    if not callable(selector) or isinstance(selector, type):
-        raise TypeError(f"{name} must be a callable (tokens, grid) -> (B, K) indices, got {selector!r}")
-    if isinstance(selector, nn.Module):
-        state = [key for key, _ in (*selector.named_parameters(), *selector.named_buffers())]
-        if state:
-            raise TypeError(
-                f"{name} must have neither parameters nor buffers, so that the model's checkpoints stay as they are; "
-                f"{type(selector).__name__} has {', '.join(state)}"
-            )
-    return selector
-
-
-def _settings_of(part: Any) -> dict[str, Any]:
-    """What JSON records of a selector or a frame sampler; a subclass may do anything, so it counts as custom."""
-    return part.settings if type(part) in (*_SELECTORS, InfoFrameSampler) else {"name": "custom"}
-
-
 def _ranks_alike(selector: Selector, visible: Selector) -> bool:
     """Whether the two keep the top of one ranking, so that the shorter selection lies within the longer."""
     if not (isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector)):
@@ -270,20 +263,13 @@ def _ranks_alike(selector: Selector, visible: Selector) -> bool:
     return selector.distance == visible.distance and selector.descending == visible.descending
 
 
-def frame_sampler_from(settings: dict[str, Any]) -> InfoFrameSampler:
-    """Rebuild a frame sampler from `config.everest`. Raises ValueError for one that JSON could not record."""
-    if settings.get("name") != InfoFrameSampler.__name__ or "alpha" not in settings:
-        raise ValueError(f"config.everest records a custom frame sampler ({settings}): pass frame_sampler=")
-    return InfoFrameSampler(settings["alpha"])
-
-
-def selector_from(settings: dict[str, Any], name: str) -> Selector:
-    """Rebuild a selector from `config.everest`. Raises ValueError for one that JSON could not record."""
+def selector_from(settings: Any, name: str) -> Any:
+    """Rebuild a selector, or frame sampler, from `config.everest`. Raises ValueError for one that JSON can't record."""
     if not isinstance(settings, dict) or not isinstance(settings.get("name"), str):
         raise ValueError(f"config.everest records a {name} that can't be read: {settings}")
-    known = {cls.__name__: cls for cls in _SELECTORS}
+    known = {cls.__name__: cls for cls in _RECORDED if (cls is InfoFrameSampler) == (name == "frame_sampler")}
     arguments = {key: value for key, value in settings.items() if key != "name"}
-    if settings.get("name") not in known or settings.get("distance") == "custom":
+    if settings["name"] not in known or settings.get("distance") == "custom":
         raise ValueError(
             f"config.everest records a custom {name}, which can't be rebuilt from {settings}: pass {name}="
         )

@@ -139,18 +139,13 @@ def only_tiles(module: nn.Module, size: TubeletSize) -> bool:
     )
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward alone, no hook of its own nor one on every module."""
-    return "forward" not in module.__dict__ and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    )
+    heard = (hooks for name in _HOOKS for hooks in (getattr(module, name), getattr(every_module, f"_global{name}")))
+    return "forward" not in module.__dict__ and not any(heard)
 
 
 def embed_tubelets(tubelets: Tensor, projection: nn.Conv3d | nn.Conv2d) -> Tensor:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
-from everest_tokens.hosts.running import forward_of, hook_forward, unhook_forward
+from everest_tokens.hosts.running import hook_forward, unhook_forward
+from everest_tokens.hosts.stochastic_depth import restore_stochastic_depth, set_stochastic_depth
+from everest_tokens.hosts.tubelet_embedding import Geometry
 from everest_tokens.policy import LiveSettings, SelectionPolicy
-from everest_tokens.selection import TokenSelection
 from everest_tokens.tubelets import Grid
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """The settings of `patch_videomae` that concern the model rather than the selection, with its defaults."""
+
+    drop_path: float = 0.0
+    num_frames: int = 16
+    tubelet_size: int = 2
+    temporal_embedding: str = "sincos"
+    fused_attention: bool = False
 
 
 class Host:
@@ -21,13 +34,15 @@ class Host:
 
     Attributes:
         patchable: what it covers, for messages.
-        options: the fields of `PatchOptions` that it knows.
+        options: the fields of `PatchOptions` that it knows beside `drop_path`.
         channels_first: whether its clips are (B, C, T, H, W), else (B, T, C, H, W).
+        argument: what the model calls its clips, for messages.
     """
 
     patchable: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
-    channels_first: ClassVar[bool] = False
+    channels_first: ClassVar[bool] = True
+    argument: ClassVar[str] = "clips"
 
     def recognises(self, root: nn.Module) -> bool:
         """Whether `root` is of this kind, as far as a look tells."""
@@ -36,25 +51,44 @@ class Host:
     def check(self, root: Any) -> None:
         """Raise TypeError or ValueError for an unpatched model whose parts a patch would silently replace."""
 
+    def check_options(self, root: Any, options: PatchOptions) -> None:
+        """Raise ValueError for a setting that this kind of model has no use or no place for."""
+        for field in fields(options):
+            value = getattr(options, field.name)
+            if field.name not in ("drop_path", *self.options) and value != field.default:
+                raise ValueError(f"{field.name}={value!r} has no meaning for {self.patchable}")
+        rate = options.drop_path
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {rate!r}")
+        for block in self.blocks(root) if rate else ():
+            if not self.branch_ends(block):
+                raise ValueError(f"drop_path={rate}: {type(block).__qualname__} has no stochastic depth of its own")
+
     def task(self, root: Any) -> str:
         """ "pretraining" for a model with a pixel decoder, else "encoder"."""
         return "encoder"
 
-    def embeds(self, root: Any) -> nn.Module:
-        """The module that takes the clips as `root` does and embeds them, visible tokens only when it is patched."""
+    def embeds(self, root: Any) -> Any:
+        """The module that embeds clips, of the visible tokens only when it is patched: a `TubeletEmbedding` then."""
         raise NotImplementedError
 
-    def grid(self, root: Any, options: PatchOptions) -> Grid:
-        """The grid (τ, h, w) of the clips that the patched model will run. Raises ValueError for impossible options."""
+    def geometry(self, root: Any, options: PatchOptions | None = None) -> Geometry:
+        """What clips the model runs, patched with `options`, or as it is. Raises ValueError for impossible ones."""
         raise NotImplementedError
 
     def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
         """The shape of one clip as `forward` takes it, patched or not, its grid (τ, h, w), and a token's channels."""
+        geometry = self.geometry(root)
+        steps = root.everest.num_candidates(geometry.grid[0]) if hasattr(root, "everest") else geometry.grid[0]
+        return (1, *geometry.clip(steps, self.channels_first).values()), geometry.grid, geometry.width
+
+    def blocks(self, root: Any) -> Iterable[Any]:
+        """The encoder's blocks."""
         raise NotImplementedError
 
-    def num_candidates(self, root: Any, grid: Grid) -> int:
-        """How many time steps `root` takes for a clip of `grid`, patched or not."""
-        return root.everest.num_candidates(grid[0]) if hasattr(root, "everest") else grid[0]
+    def branch_ends(self, block: Any) -> list[tuple[Any, str]]:
+        """(module, attribute) of what ends a block's residual branches: a drop path, or a dropout to put one behind."""
+        return [(block, name) for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(block, name)]
 
     def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
         """(module, mixin): what must know the kept positions."""
@@ -75,7 +109,10 @@ class Host:
         """What this kind needs beyond swapped classes, before they are swapped."""
 
     def restore(self, root: Any, again: PatchOptions | None) -> None:
-        """Undo `prepare`, after the classes are restored; `again`: as far as another patch won't need it."""
+        """Undo `prepare`, after the classes are restored; `again`: as far as another patch won't need it.
+
+        Raises TypeError where the model can't be given back as it is now.
+        """
 
     def numbers(self, root: Any) -> dict[str, Any]:
         """What `config.everest` records beside the selection: what a checkpoint's numbers need."""
@@ -85,14 +122,15 @@ class Host:
         """Whether patching with `options`, or unpatching (None), makes a parameter that a wrapper doesn't know."""
         return False
 
-    def check_detachable(self, root: Any) -> None:
-        """Raise TypeError where the model can't be given back as it is now."""
-
 
 def attach(host: Host, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
     """Make `root`, which is unpatched, select by `policy`."""
     policy.root, policy.host = root, host
+    if isinstance(getattr(getattr(root, "config", None), "everest", None), LiveSettings):
+        _give_own_config(root)
     host.prepare(root, policy, options)
+    if options.drop_path:
+        set_stochastic_depth([host.branch_ends(block) for block in host.blocks(root)], options.drop_path)
     wrapped, entries = host.wraps(root), host.entries(root)
     for module, mixin in wrapped:
         patch_class(module, mixin)
@@ -101,14 +139,13 @@ def attach(host: Host, root: Any, policy: SelectionPolicy, options: PatchOptions
     for module in (root, *entries, *(module for module, _ in wrapped)):
         module.__dict__["everest"] = policy
     if hasattr(root, "config"):
-        if isinstance(getattr(root.config, "everest", None), LiveSettings):
-            _give_own_config(root)
         root.config.everest = policy.settings
 
 
 def detach(host: Host, root: Any, again: PatchOptions | None) -> None:
     """Undo `attach`, on copies of patched modules too that something (PEFT's modules_to_save) put into the model."""
     policy = root.everest
+    restore_stochastic_depth(root)
     for module in root.modules():
         unhook_forward(module)
         if isinstance(module, Patched):
@@ -119,53 +156,26 @@ def detach(host: Host, root: Any, again: PatchOptions | None) -> None:
     host.restore(root, again)
 
 
-def select(root: Any, clips: Tensor, generator: torch.Generator | None) -> TokenSelection:
-    """Select without running the encoder."""
-    with forward_of(root.everest, generator=generator, only_selects=True) as current:
-        root.everest.host.embeds(root)(clips)
-        selection = current.selection
-    assert selection is not None  # the embedding's
-    return selection
-
-
-class Snapshot:
-    """A model as it was, so that a patch that fails leaves no trace."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.modules = [(module, type(module), _shallow(module.__dict__)) for module in root.modules()]
-        configs = {id(config): config for _, _, state in self.modules if (config := state.get("config")) is not None}
-        self.configs = [(config, dict(vars(config))) for config in configs.values() if hasattr(config, "__dict__")]
-
-    def restore(self) -> None:
-        """Give every module and config its class and attributes back."""
-        for module, cls, state in self.modules:
+@contextmanager
+def all_or_nothing(root: nn.Module) -> Iterator[None]:
+    """Give every module and config of a model its class and attributes back where the block raises."""
+    classes = [(module, type(module)) for module in root.modules()]
+    states = {id(module): vars(module) for module in root.modules()}
+    for state in list(states.values()):
+        if hasattr(config := state.get("config"), "__dict__"):
+            states[id(config)] = vars(config)
+        # Parameters, submodules and hooks lie one dict deeper.
+        states |= {id(held): held for name, held in state.items() if name[0] == "_" and isinstance(held, dict)}
+    before = [(state, dict(state)) for state in states.values()]
+    try:
+        yield
+    except BaseException:
+        for module, cls in classes:
             module.__class__ = cls
-            for name, value in state.items():
-                if isinstance(value, _Contents):
-                    value.owner.clear()
-                    value.owner.update(value)
-                    state[name] = value.owner
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        for config, state in self.configs:
-            vars(config).clear()
-            vars(config).update(state)
-
-
-class _Contents(dict[Any, Any]):
-    """What a dict of a module (parameters, submodules, hooks) held."""
-
-    owner: dict[Any, Any]
-
-
-def _shallow(state: dict[str, Any]) -> dict[str, Any]:
-    copied: dict[str, Any] = {}
-    for name, value in state.items():
-        copied[name] = value
-        if isinstance(value, dict) and name.startswith("_"):
-            copied[name] = contents = _Contents(value)
-            contents.owner = value
-    return copied
+        for state, held in before:
+            state.clear()
+            state.update(held)
+        raise
 
 
 def _give_own_config(root: Any) -> None:

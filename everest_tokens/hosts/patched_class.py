@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from everest_tokens.policy import SelectionPolicy
+from everest_tokens.positions import ConstantTable
 
 _MIXED: dict[tuple[type, type], type[nn.Module]] = {}  # one class for all modules of a kind, as theirs is
 
@@ -27,6 +28,21 @@ class Patched(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.move_constants()
+        return self
+
+    def move_constants(self) -> None:
+        """Let constants that are neither parameters nor buffers follow the module: no forward copies them then."""
+        for parameter in self.parameters():  # FSDP may have taken them
+            for name, value in list(vars(self).items()):
+                if isinstance(value, ConstantTable):
+                    value.to(parameter.device)
+                elif isinstance(value, Tensor) and not (value.is_meta or parameter.is_meta):
+                    vars(self)[name] = value.to(parameter.device)
+            return
+
     def __prepare_scriptable__(self) -> Any:
         """Called by torch.jit.script, which takes no class that is made while running."""
         raise TypeError(
@@ -41,6 +57,7 @@ class Patched(nn.Module):
 def patch_class(module: nn.Module, mixin: type[Patched]) -> None:
     """Run `mixin` before the module's own class, in place."""
     module.__class__ = _mixed(mixin, type(module))
+    module.move_constants()  # type: ignore[operator]
 
 
 def restore_class(module: Patched) -> None:

@@ -18,14 +18,27 @@ from everest_tokens.hosts.patched_class import Patched
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.selection import TokenSelection
 
+_thread = threading.local()
 
-class Running:
-    """One forward of a patched model.
+
+def _innermost() -> forward_of | None:
+    return getattr(_thread, "innermost", None)
+
+
+def running(policy: SelectionPolicy) -> forward_of | None:
+    """Find the forward of this policy's model that this thread is in."""
+    innermost = _innermost()
+    return innermost if innermost is not None and innermost.policy is policy else None
+
+
+class forward_of:
+    """One forward of a patched model, the slot, open within `with`; inside another one of the same model that one.
 
     Attributes:
-        given: the selection that the caller wants to be run, or None.
+        given: the selection that the caller wants to be run, or None. Raises TypeError for anything else.
         generator: for the random choices, where nothing is given.
         only_selects: whether nobody but `select_tokens` asks, who also wants to see the importance.
+        opened_by: the module whose hooks opened it, if they did.
         selection: what the tubelet embedding selected; None before it has run.
         ready: tokens that were embedded before the model's own code asks for them, or None.
     """
@@ -33,50 +46,31 @@ class Running:
     def __init__(
         self,
         policy: SelectionPolicy,
-        given: TokenSelection | None = None,
+        given: Any = None,
         generator: torch.Generator | None = None,
         only_selects: bool = False,
+        opened_by: nn.Module | None = None,
     ) -> None:
-        self.policy = policy
-        self.given = given
-        self.generator = generator
-        self.only_selects = only_selects
+        if isinstance(given, torch.fx.Proxy):
+            raise TypeError(
+                "torch.fx can't trace what a patched model selects: use torch.export, or forward_intermediates"
+            )
+        if given is not None and not isinstance(given, TokenSelection):
+            raise TypeError(f"token_selection must be a TokenSelection, got {type(given).__name__}")
+        self.policy, self.given, self.generator = policy, given, generator
+        self.only_selects, self.opened_by = only_selects, opened_by
         self.selection: Any = None
         self.ready: Any = None
-        self.outer: Running | None = None  # what this thread ran when it began
-        self.opened_by: nn.Module | None = None
 
-
-_thread = threading.local()
-
-
-def _innermost() -> Running | None:
-    return getattr(_thread, "innermost", None)
-
-
-def running(policy: SelectionPolicy) -> Running | None:
-    """Find the forward of this policy's model that this thread is in."""
-    innermost = _innermost()
-    return innermost if innermost is not None and innermost.policy is policy else None
-
-
-class forward_of:
-    """Keep the slot open for a forward of a model; inside another one of the same model, join that.
-
-    Args: as of `Running`.
-    """
-
-    def __init__(self, policy: SelectionPolicy, given: Any = None, **kwargs: Any) -> None:
-        self.policy = policy
-        self.given = checked_selection(given)
-        self.kwargs = kwargs
-
-    def __enter__(self) -> Running:
+    def __enter__(self) -> forward_of:
         self.outer = _innermost()
         current = running(self.policy)
+        if current is not None and current.opened_by is not None and current.opened_by is self.opened_by:
+            self.outer, current = current.outer, None  # an interrupt has left it open: it is over
         if current is None:
-            current = _thread.innermost = Running(self.policy, self.given, **self.kwargs)
-        elif self.given is not None:
+            _thread.innermost = self
+            return self
+        if self.given is not None:
             current.given = self.given
         return current
 
@@ -98,35 +92,20 @@ class SelectingModel(Patched):
             return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
 
 
-def checked_selection(selection: Any) -> TokenSelection | None:
-    """Give back `token_selection`. Raises TypeError for anything but a TokenSelection or None."""
-    if isinstance(selection, torch.fx.Proxy):
-        raise TypeError("torch.fx can't trace what a patched model selects: use torch.export, or forward_intermediates")
-    if selection is not None and not isinstance(selection, TokenSelection):
-        raise TypeError(f"token_selection must be a TokenSelection, got {type(selection).__name__}")
-    return selection
-
-
 def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: take `token_selection`, which the module's own forward doesn't know, and open the slot."""
-    given = checked_selection(kwargs.get("token_selection"))
-    module.everest.host.check_call(module, args, kwargs)
-    current = running(module.everest)
-    if current is None or current.opened_by is module:  # one that an interrupt has left open counts as over
-        outer = _innermost() if current is None else current.outer
-        current = Running(module.everest)
-        current.outer, current.opened_by = outer, module
-        _thread.innermost = current
-    if given is not None:
-        current.given = given
-    return args, {name: value for name, value in kwargs.items() if name != "token_selection"}
+    own = {name: value for name, value in kwargs.items() if name != "token_selection"}
+    slot = forward_of(module.everest, kwargs.get("token_selection"), opened_by=module)
+    module.everest.host.check_call(module, args, own)
+    slot.__enter__()
+    return args, own
 
 
 def _close(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook, called after an exception too: close the slot that `_open` opened for this module."""
     innermost = _innermost()
     if innermost is not None and innermost.opened_by is module:
-        _thread.innermost = innermost.outer
+        innermost.__exit__()
 
 
 def hook_forward(module: nn.Module) -> None:
@@ -137,11 +116,8 @@ def hook_forward(module: nn.Module) -> None:
 
 def unhook_forward(module: nn.Module) -> None:
     """Undo `hook_forward`, on copies of the module too."""
+    marks = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called)
     for hooks, own in ((module._forward_pre_hooks, _open), (module._forward_hooks, _close)):
         for key in [key for key, hook in hooks.items() if hook is own]:
-            del hooks[key]
-            for others in (
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                others.pop(key, None)
+            for registered in (hooks, *marks):
+                registered.pop(key, None)

@@ -14,16 +14,10 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from everest_tokens.hosts.base import Host
-from everest_tokens.hosts.patch_options import PatchOptions
+from everest_tokens.hosts.base import Host, PatchOptions
 from everest_tokens.hosts.patched_class import Patched, own_class
 from everest_tokens.hosts.running import SelectingModel, forward_of, running
-from everest_tokens.hosts.stochastic_depth import (
-    check_stochastic_depth,
-    restore_stochastic_depth,
-    set_stochastic_depth,
-)
-from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
+from everest_tokens.hosts.tubelet_embedding import Geometry, TubeletEmbedding
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.positions import ConstantTable, sincos_table
 from everest_tokens.tubelets import Grid, TubeletSize, is_unhooked
@@ -39,13 +33,10 @@ _NO_TABLE_MAGNITUDE = 0.02  # what timm initialises position embeddings with, fo
 class Tubelets(TubeletEmbedding):
     """timm's `PatchEmbed` over tubelets, which hands on the visible tokens."""
 
-    projection_name = "proj"
-    channels_first = True
-    argument = "clips"
     patched_attributes = ("num_frames",)
     num_frames: int
 
-    def geometry(self, clips: Any) -> tuple[TubeletSize, Grid, tuple[int, int]]:
+    def geometry(self, clips: Any) -> Geometry:
         """Also for any height and width that the image model takes."""
         if not isinstance(clips, Tensor):
             raise TypeError(f"expected clips as a tensor (B, C, T, H, W), got {type(clips).__name__}")
@@ -54,15 +45,14 @@ class Tubelets(TubeletEmbedding):
                 f"expected clips (B, C, T, H, W) for a patched model, got {tuple(clips.shape)}: unpatch_videomae gives"
                 " the image model back"
             )
-        size = TubeletSize(self.proj.weight.shape[2], *self.patch_size)
-        if self.img_size is not None and self.strict_img_size:
-            return size, size.grid(self.num_frames, *self.img_size), self.img_size
-        height, width = image = clips.shape[-2], clips.shape[-1]
+        weight, strict = self.proj.weight, self.img_size is not None and self.strict_img_size
+        size = TubeletSize(weight.shape[2], *self.patch_size)
+        height, width = image = tuple(self.img_size if strict else clips.shape[-2:])
         if self.dynamic_img_pad:
             height, width = height + -height % size.height, width + -width % size.width
-        elif height % size.height or width % size.width:
+        elif not strict and (height % size.height or width % size.width):
             raise ValueError(f"{height}×{width} pixels are not divisible by the patch size {tuple(self.patch_size)}")
-        return size, size.grid(self.num_frames, height, width), image
+        return Geometry(size, size.grid(self.num_frames, height, width), image, weight.shape[1], weight.shape[0])
 
     def padded(self, clips: Tensor, size: TubeletSize) -> Tensor:
         height, width = clips.shape[-2:]
@@ -72,10 +62,6 @@ class Tubelets(TubeletEmbedding):
 
     def embed(self, clips: Tensor, **kwargs: Any) -> Tensor:
         return self.proj(clips).flatten(2).transpose(1, 2)
-
-    def runs_without_clips(self) -> bool:
-        # Eva's own attention leaves a size of its views to be worked out.
-        return not any(type(module).__name__ == "EvaAttention" for module in self.everest.root.modules())  # type: ignore[union-attr]
 
     def normalise(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens)
@@ -113,10 +99,8 @@ class VideoTransformer(SelectingModel):
         visible, (_, height, width) = selection.visible, selection.grid
         place, step = visible % (height * width), visible // (height * width)
 
-        prefix: list[Tensor] = []
-        for name in ("cls_token", "dist_token", "reg_token"):
-            if getattr(self, name, None) is not None:
-                prefix.append(getattr(self, name))
+        named = (getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token"))
+        prefix = [token for token in named if token is not None]
         first = torch.cat(prefix, dim=1) if prefix else None  # (1, P, D)
         magnitude: Tensor | float = _NO_TABLE_MAGNITUDE
         if self.pos_embed is not None:
@@ -147,12 +131,6 @@ class VideoTransformer(SelectingModel):
             return rotary[place].unsqueeze(1)
         return rotary[:, :, place].movedim(2, 1)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        if self._steps is not None:
-            self._steps.follow(self)
-        return self
-
 
 def _current(module: Patched) -> Any:
     """The forward that `module` runs in. Raises RuntimeError outside of one."""
@@ -169,8 +147,7 @@ class TimmViT(Host):
     patchable = (
         "timm's VisionTransformer (ViT, DeiT, FlexiViT, CLIP, SigLIP, DINOv2) and Eva (EVA-02, DINOv3) image models"
     )
-    channels_first = True
-    options = ("drop_path", "num_frames", "tubelet_size", "temporal_embedding")  # its attention is fused already
+    options = ("num_frames", "tubelet_size", "temporal_embedding")  # its attention is fused already
 
     def recognises(self, root: nn.Module) -> bool:
         return any((base.__module__, base.__name__) in _CLASSES for base in type(root).__mro__)
@@ -199,11 +176,8 @@ class TimmViT(Host):
                 "patch dropout and token selection both drop tokens: build the model with patch_drop_rate=0"
             )
 
-    def embeds(self, root: Any) -> nn.Module:
-        return root.patch_embed
-
-    def grid(self, root: Any, options: PatchOptions) -> Grid:
-        check_stochastic_depth(root.blocks, options.drop_path)
+    def check_options(self, root: Any, options: PatchOptions) -> None:
+        super().check_options(root, options)
         for name in ("num_frames", "tubelet_size"):
             value = getattr(options, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -213,19 +187,29 @@ class TimmViT(Host):
             raise ValueError(f"temporal_embedding must be one of {known}, got {options.temporal_embedding!r}")
         if options.temporal_embedding == "sincos" and root.embed_dim % 2:
             raise ValueError(f"temporal_embedding='sincos' needs an even width, got {root.embed_dim}")
-        embedding = root.patch_embed
-        return TubeletSize(options.tubelet_size, *embedding.patch_size).grid(options.num_frames, *embedding.img_size)
+
+    def embeds(self, root: Any) -> Any:
+        return root.patch_embed
+
+    def blocks(self, root: Any) -> Any:
+        return root.blocks
+
+    def geometry(self, root: Any, options: PatchOptions | None = None) -> Geometry:
+        embedding: Any = root.patch_embed
+        weight, image = embedding.proj.weight, embedding.img_size
+        if options is None:
+            tubelet, frames = weight.shape[2], embedding.num_frames
+        else:
+            tubelet, frames = options.tubelet_size, options.num_frames
+        size = TubeletSize(tubelet, *embedding.patch_size)
+        return Geometry(size, size.grid(frames, *image), image, weight.shape[1], weight.shape[0])
 
     def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
         """An image before patching."""
-        embedding = root.patch_embed
-        weight = embedding.proj.weight
-        if not isinstance(root, VideoTransformer):
-            return (1, weight.shape[1], *embedding.img_size), (1, *embedding.grid_size), weight.shape[0]
-        size = TubeletSize(weight.shape[2], *embedding.patch_size)
-        grid = size.grid(embedding.num_frames, *embedding.img_size)
-        frames = size.frames * root.everest.num_candidates(grid[0])
-        return (1, weight.shape[1], frames, *embedding.img_size), grid, weight.shape[0]
+        if isinstance(root, VideoTransformer):
+            return super().example(root)
+        embedding, (width, channels, *_) = root.patch_embed, root.patch_embed.proj.weight.shape
+        return (1, channels, *embedding.img_size), (1, *embedding.grid_size), width
 
     def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
         return [(root.patch_embed, Tubelets), (root, VideoTransformer)]
@@ -239,27 +223,21 @@ class TimmViT(Host):
         if not hasattr(embedding, "_everest_image"):  # else patched again, with the kernel that it has
             _inflate(embedding, options.tubelet_size)
         embedding.num_frames = options.num_frames
-        if options.drop_path:
-            set_stochastic_depth(root.blocks, options.drop_path)
 
     def replaces_parameters(self, root: Any, options: PatchOptions | None) -> bool:
         """All but another patch with tubelets of the same size gives it another projection."""
         again = isinstance(root, VideoTransformer) and options is not None
         return not (again and root.patch_embed.proj.weight.shape[2] == options.tubelet_size)  # type: ignore[union-attr]
 
-    def check_detachable(self, root: Any) -> None:
-        proj = root.patch_embed.proj
-        if type(proj) is not nn.Conv3d:
-            adapter = f"{type(proj).__module__}.{type(proj).__qualname__}"
-            raise TypeError(f"patch_embed.proj is a {adapter} now: unload the adapter first")
-
     def restore(self, root: Any, again: PatchOptions | None) -> None:
         """Give the image's kernel back: as it was where the tubelets' is untouched, else that one summed over time.
 
         Patched `again` with tubelets of the same size, the model keeps its projection.
         """
-        restore_stochastic_depth(root.blocks)
-        embedding = root.patch_embed
+        embedding, proj = root.patch_embed, root.patch_embed.proj
+        if type(proj) is not nn.Conv3d:
+            adapter = f"{type(proj).__module__}.{type(proj).__qualname__}"
+            raise TypeError(f"patch_embed.proj is a {adapter} now: unload the adapter first")
         video, (image,) = embedding.proj, embedding._everest_image
         weight = video.weight.detach()
         if again is not None and again.tubelet_size == weight.shape[2]:

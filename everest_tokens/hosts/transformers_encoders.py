@@ -1,132 +1,136 @@
 """Hosts: transformers' V-JEPA 2, ViViT and TimeSformer with joint attention, patched in place.
 
-Models and blocks keep their class, which carries transformers' capturing of hidden states and attentions.
+Models and blocks keep their class, which carries transformers' capturing of hidden states and attentions. Nothing here
+imports transformers: where no model of it is, that takes seconds for nothing.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.timesformer import modeling_timesformer
-from transformers.models.vivit import modeling_vivit
 
-from everest_tokens.hosts.base import Host
-from everest_tokens.hosts.patch_options import PatchOptions
+from everest_tokens.hosts.base import Host, PatchOptions
 from everest_tokens.hosts.patched_class import Patched, own_class
 from everest_tokens.hosts.running import forward_of, running
-from everest_tokens.hosts.stochastic_depth import (
-    add_drop_path,
-    remove_drop_path,
-    restore_stochastic_depth,
-    set_stochastic_depth,
-)
-from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
+from everest_tokens.hosts.tubelet_embedding import Geometry, TubeletEmbedding
 from everest_tokens.policy import SelectionPolicy
-from everest_tokens.tubelets import Grid, TubeletSize, gather_tokens
-
-try:
-    from transformers.models.vjepa2 import modeling_vjepa2
-except ImportError:  # before transformers 4.53
-    modeling_vjepa2 = None
-
-Geometry = tuple[TubeletSize, Grid, tuple[int, int]]
+from everest_tokens.tubelets import TubeletSize, gather_tokens
 
 
 class Tubelets(TubeletEmbedding):
     """A patch embedding of transformers that hands on the visible tokens, t-major."""
 
+    projection_name = "projection"
+    patched_attributes = ("_everest_config",)
+    _everest_config: Any  # the model's, which some embeddings lack
+
     def geometry(self, clips: Any) -> Geometry:
-        return self.everest.host.geometry(self.everest.root, clips)
+        return self.everest.host.geometry_of(self._everest_config)
 
-    def runs_without_clips(self) -> bool:
-        # Attentions leave a size of their views to be worked out; ViViT's names all of them in older releases.
-        return any(hasattr(module, "transpose_for_scores") for module in self.everest.root.modules())  # type: ignore[union-attr]
+    def only_projects(self) -> bool:
+        return own_class(self).__module__.startswith("transformers.models.")
 
 
-class TransformersEncoder(Host):
+class TransformersHost(Host):
     """A backbone with a patch embedding inside its embeddings, alone or in a model with a head.
 
     Attributes:
-        modeling: transformers' module of the model; None where the installed version has none.
-        backbone_class, backbone_name: the backbone's class, and where a model with a head keeps it.
+        kind: what the classes' names begin with.
+        head_class: of a model with a head, which may be anybody's own.
         patches, embeddings: mixins of those two modules.
+        names: of a clip's frames, side and channels in the config.
         refused: arguments of `forward` that choose among all tokens of a clip.
     """
 
-    options = ("drop_path",)
-    modeling: ClassVar[Any]
-    backbone_class: ClassVar[str]
-    backbone_name: ClassVar[str]
-    patches: ClassVar[type[Tubelets]]
+    channels_first = False
+    argument = "pixel_values"
+    kind: ClassVar[str]
+    head_class: ClassVar[str] = "PreTrainedModel"
+    patches: ClassVar[type[Tubelets]] = Tubelets
     embeddings: ClassVar[type[Patched]]
+    names: ClassVar[tuple[str, str, str]] = ("num_frames", "image_size", "num_channels")
     refused: ClassVar[tuple[str, ...]] = ()
 
+    def modeling(self, name: str) -> Any:
+        """A class of transformers' module of the model, or what nothing is an instance of while that isn't loaded."""
+        path = f"transformers.models.{self.kind.lower()}.modeling_{self.kind.lower()}"
+        return getattr(sys.modules.get(path), name, ())
+
     def backbone(self, root: Any) -> Any:
-        return getattr(root, self.backbone_name, root)
+        return getattr(root, self.kind.lower(), root)
 
     def recognises(self, root: nn.Module) -> bool:
-        return isinstance(self.backbone(root), getattr(self.modeling, self.backbone_class, ()))
+        wrapped = hasattr(root, self.kind.lower()) and isinstance(root, self.modeling(f"{self.kind}PreTrainedModel"))
+        return wrapped or isinstance(self.backbone(root), self.modeling(f"{self.kind}Model"))
 
     def check(self, root: Any) -> None:
         """Raise TypeError for parts whose own forward a patch would silently replace."""
-        if not isinstance(root, PreTrainedModel):
+        name = f"{self.kind}Model"
+        if not isinstance(root, self.modeling(self.head_class)):
             raise TypeError(
-                f"{type(root).__qualname__} has a {self.backbone_class} inside: patch that,"
-                f" patch_videomae(model.{self.backbone_name})"
+                f"{type(root).__qualname__} has a {name} inside: patch that, patch_videomae(model.{self.kind.lower()})"
             )
-        for cls in (own_class(module) for module, _ in self.wraps(root)):
-            if cls.__module__ != self.modeling.__name__:
-                raise TypeError(f"{cls.__qualname__} is not transformers' own; patchable are {self.patchable}")
+        for module, mixin in self.wraps(root):
+            own = own_class(module)
+            if mixin is not self.patches and own.__module__ != self.modeling(name).__module__:
+                raise TypeError(f"{own.__qualname__} is not transformers' own; patchable are {self.patchable}")
 
-    def embeds(self, root: Any) -> nn.Module:
-        return self.backbone(root).embeddings
+    def embeds(self, root: Any) -> Any:
+        return self.backbone(root).embeddings.patch_embeddings
 
-    def geometry(self, root: Any, clips: Any = None) -> Geometry:
-        """The tubelets' size, the grid (τ, h, w) that the model runs (of these clips), and their height and width."""
-        size, image = _tubelet(root.config), _pair(root.config.image_size)
-        return size, size.grid(root.config.num_frames, *image), image
+    def geometry(self, root: Any, options: PatchOptions | None = None) -> Geometry:
+        return self.geometry_of(root.config)
 
-    def grid(self, root: Any, options: PatchOptions) -> Grid:
-        return self.geometry(root)[1]
+    def geometry_of(self, config: Any) -> Geometry:
+        """As `geometry`, by the model's config."""
+        frames, image, channels = (getattr(config, name) for name in self.names)
+        tubelet, image = getattr(config, "tubelet_size", 1), _pair(image)
+        size = TubeletSize(tubelet, *_pair(config.patch_size)) if isinstance(tubelet, int) else TubeletSize(*tubelet)
+        return Geometry(size, size.grid(frames, *image), image, channels, config.hidden_size)
 
-    def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
-        size, grid, image = self.geometry(root)
-        steps = self.num_candidates(root, grid)
-        weight = getattr(self.embeds(root).patch_embeddings, self.patches.projection_name).weight
-        return (1, size.frames * steps, weight.shape[1], *image), grid, weight.shape[0]
+    def blocks(self, root: Any) -> Iterable[Any]:
+        backbone = self.backbone(root)
+        return backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
+
+    def branch_ends(self, block: Any) -> list[tuple[Any, str]]:
+        outputs = (block.attention.output, block.output) if hasattr(block, "output") else (block,)
+        return super().branch_ends(block) or [(module, "dropout") for module in outputs]
 
     def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
-        embeddings: Any = self.embeds(root)
-        return [(embeddings.patch_embeddings, self.patches), (embeddings, self.embeddings)]
+        return [(self.embeds(root), self.patches), (self.backbone(root).embeddings, self.embeddings)]
 
     def entries(self, root: Any) -> list[nn.Module]:
-        backbone = self.backbone(root)
-        return [backbone] if backbone is root else [backbone, root]
+        wrapped = [module for module, _ in self.wraps(root)]
+        return [module for module in dict.fromkeys((self.backbone(root), root)) if module not in wrapped]
 
     def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1:
-            kwargs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        given = _called_with(module, args, kwargs) if self.refused else {}
         for name in self.refused:
-            if kwargs.get(name) is not None:
+            if given.get(name) is not None:
                 raise ValueError(f"{name} chooses among all tokens of a clip, a patched model runs its own selection")
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
-        if options.drop_path:
-            set_stochastic_depth(self.backbone(root).encoder.layer, options.drop_path)
-
-    def restore(self, root: Any, again: PatchOptions | None) -> None:
-        restore_stochastic_depth(self.backbone(root).encoder.layer)
+        self.embeds(root)._everest_config = root.config
 
 
 class VJEPA2Tubelets(Tubelets):
     projection_name = "proj"
-    argument = "pixel_values_videos"
+
+    def geometry(self, clips: Any) -> Geometry:
+        """Also of more or fewer time steps than configured, which rotary positions take, without a frame sampler."""
+        geometry = super().geometry(clips)
+        if isinstance(clips, Tensor) and clips.ndim == 5 and self.everest.frame_sampler is None:
+            steps, rest = divmod(clips.shape[1], geometry.size.frames)
+            if steps >= 2 and rest == 0:
+                return replace(geometry, grid=(steps, *geometry.grid[1:]))
+        return geometry
 
     def padded(self, clips: Tensor, size: TubeletSize) -> Tensor:
         return clips.to(self.proj.weight.dtype)
@@ -162,32 +166,31 @@ def _at_positions(layer: Any, positions: Tensor, tokens: Tensor, _: Any, *args: 
     return layer(tokens, positions, *args, **kwargs)
 
 
-class VJEPA2Predictor(Patched):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise ValueError: it predicts tokens from others by their places in the whole clip."""
-        raise ValueError("the patched V-JEPA 2 runs its encoder alone, no predictor: call it with skip_predictor=True")
-
-
-class VJEPA2(TransformersEncoder):
+class VJEPA2(TransformersHost):
     patchable = "transformers' VJEPA2Model (its encoder) and VJEPA2ForVideoClassification"
-    modeling, backbone_class, backbone_name = modeling_vjepa2, "VJEPA2Model", "vjepa2"
+    kind, argument = "VJEPA2", "pixel_values_videos"
     patches, embeddings = VJEPA2Tubelets, VJEPA2Embeddings
+    names = ("frames_per_clip", "crop_size", "in_chans")
     refused = ("context_mask", "target_mask")
 
-    def embeds(self, root: Any) -> nn.Module:
-        return self.backbone(root).encoder.embeddings
-
-    def geometry(self, root: Any, clips: Any = None) -> Geometry:
-        """Also of more or fewer time steps than configured, which rotary positions take, without a frame sampler."""
-        size, frames, image = _tubelet(root.config), root.config.frames_per_clip, _pair(root.config.crop_size)
-        if isinstance(clips, Tensor) and clips.ndim == 5 and root.everest.frame_sampler is None:
-            fits = clips.shape[1] % size.frames == 0 and clips.shape[1] >= 2 * size.frames
-            frames = clips.shape[1] if fits else frames
-        return size, size.grid(frames, *image), image
+    def embeds(self, root: Any) -> Any:
+        return self.backbone(root).encoder.embeddings.patch_embeddings
 
     def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
-        backbone = self.backbone(root)
-        return [*super().wraps(root), (backbone.encoder, VJEPA2Encoder), (backbone.predictor, VJEPA2Predictor)]
+        encoder = self.backbone(root).encoder
+        return [(self.embeds(root), self.patches), (encoder.embeddings, self.embeddings), (encoder, VJEPA2Encoder)]
+
+    def entries(self, root: Any) -> list[nn.Module]:
+        return [*super().entries(root), self.backbone(root).predictor]
+
+    def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for the predictor too, before its encoder runs: it predicts by places in the whole clip."""
+        predicts = isinstance(module, self.modeling("VJEPA2Predictor"))
+        if predicts or not _called_with(module, args, kwargs).get("skip_predictor", True):
+            raise ValueError(
+                "the patched V-JEPA 2 runs its encoder alone, no predictor: call it with skip_predictor=True"
+            )
+        super().check_call(module, args, kwargs)
 
     def arguments(self, root: Any) -> dict[str, Any]:
         return {"skip_predictor": True} if self.backbone(root) is root else {}
@@ -206,32 +209,14 @@ class VivitEmbeddings(Patched):
         return self.dropout(torch.cat([first, tokens + table[1 + visible]], dim=1))
 
 
-class Vivit(TransformersEncoder):
+class Vivit(TransformersHost):
     patchable = "transformers' VivitModel and VivitForVideoClassification"
-    modeling, backbone_class, backbone_name = modeling_vivit, "VivitModel", "vivit"
-    patches, embeddings = Tubelets, VivitEmbeddings
+    kind, embeddings = "Vivit", VivitEmbeddings
     refused = ("attention_mask",)
-
-    def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
-        if options.drop_path:
-            add_drop_path(self._branch_ends(root), options.drop_path)
-
-    def restore(self, root: Any, again: PatchOptions | None) -> None:
-        remove_drop_path(self._branch_ends(root))
-
-    def _branch_ends(self, root: Any) -> list[tuple[Any, ...]]:
-        """The modules whose dropout ends the residual branches of each block."""
-        backbone = self.backbone(root)
-        if hasattr(backbone, "layers"):
-            return [(layer,) for layer in backbone.layers]
-        return [(layer.attention.output, layer.output) for layer in backbone.encoder.layer]  # before transformers 5
 
 
 class TimesformerPatches(Tubelets):
     """Tubelets of one frame."""
-
-    def runs_without_clips(self) -> bool:
-        return True
 
     def embed(self, clips: Tensor, **kwargs: Any) -> Tensor:
         tokens = super().embed(clips, **kwargs)[0]  # (B·T, h·w, D)
@@ -251,15 +236,14 @@ class TimesformerEmbeddings(Patched):
         return torch.cat([first, gather_tokens(tokens, (place * steps + step).argsort(dim=1))], dim=1)
 
 
-class Timesformer(TransformersEncoder):
+class Timesformer(TransformersHost):
     patchable = "transformers' TimesformerModel and TimesformerForVideoClassification with joint attention"
-    modeling, backbone_class, backbone_name = modeling_timesformer, "TimesformerModel", "timesformer"
-    patches, embeddings = TimesformerPatches, TimesformerEmbeddings
+    kind, patches, embeddings = "Timesformer", TimesformerPatches, TimesformerEmbeddings
 
     def check(self, root: Any) -> None:
         """Raise TypeError for attention that isn't over all tokens of a clip at once, too."""
         super().check(root)
-        kind = self.embeds(root).attention_type
+        kind = self.backbone(root).embeddings.attention_type
         if kind != "joint_space_time":
             raise TypeError(
                 f"{type(root).__qualname__}'s attention_type is {kind!r}: divided attention reshapes to frames × places"
@@ -267,11 +251,18 @@ class Timesformer(TransformersEncoder):
             )
 
 
+_signature = cache(inspect.signature)
+
+
+def _called_with(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, with the defaults; under compile those given by name where all are."""
+    if len(args) < 2 and torch.compiler.is_compiling():
+        return kwargs
+    bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    bound.apply_defaults()
+    return {**kwargs, **bound.arguments}
+
+
 def _pair(size: int | Iterable[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
-
-
-def _tubelet(config: Any) -> TubeletSize:
-    frames = getattr(config, "tubelet_size", 1)
-    return TubeletSize(frames, *_pair(config.patch_size)) if isinstance(frames, int) else TubeletSize(*frames)

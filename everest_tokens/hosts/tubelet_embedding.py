@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from everest_tokens.hosts.patched_class import Patched
 from everest_tokens.hosts.running import forward_of
-from everest_tokens.policy import SelectionPolicy
 from everest_tokens.selection import check_selection, source_positions
 from everest_tokens.tubelets import (
     Grid,
@@ -24,21 +24,42 @@ from everest_tokens.tubelets import (
 _LETTERS = {"frames": "T", "channels": "C", "height": "H", "width": "W"}
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """What clips a model runs.
+
+    Attributes:
+        size: of a tubelet.
+        grid: (τ, h, w) of a clip, after frame sampling.
+        image: height and width of its frames.
+        channels: of its frames.
+        width: D, the channels of a token.
+    """
+
+    size: TubeletSize
+    grid: Grid
+    image: tuple[int, int]
+    channels: int
+    width: int
+
+    def clip(self, steps: int, channels_first: bool) -> dict[str, int]:
+        """The axes of a clip of so many time steps and their sizes, in order."""
+        frames, channels = {"frames": self.size.frames * steps}, {"channels": self.channels}
+        first = {**channels, **frames} if channels_first else {**frames, **channels}
+        return {**first, "height": self.image[0], "width": self.image[1]}
+
+
 class TubeletEmbedding(Patched):
     """A model's tubelet embedding, which hands on the visible tokens without their positions.
 
     Attributes:
         projection_name: attribute with the convolution.
-        channels_first: whether clips come as (B, C, T, H, W), else (B, T, C, H, W).
-        argument: what the model calls its clips, for messages.
     """
 
-    projection_name: ClassVar[str] = "projection"
-    channels_first: ClassVar[bool] = False
-    argument: ClassVar[str] = "pixel_values"
+    projection_name: ClassVar[str] = "proj"
 
-    def geometry(self, clips: Any) -> tuple[TubeletSize, Grid, tuple[int, int]]:
-        """The tubelets' size, the grid (τ, h, w) that the model runs, and the clips' height and width."""
+    def geometry(self, clips: Any) -> Geometry:
+        """What the model runs, of clips that may be wrong."""
         raise NotImplementedError
 
     def only_projects(self) -> bool:
@@ -48,14 +69,6 @@ class TubeletEmbedding(Patched):
     def embed(self, clips: Tensor, **kwargs: Any) -> Tensor:
         """(B, N, D) of the whole clip by the module's own forward, where the projection does more than tile it."""
         return super().forward(clips, **kwargs)
-
-    def channels(self) -> int:
-        """How many channels a clip has."""
-        return getattr(self, self.projection_name).weight.shape[1]
-
-    def runs_without_clips(self) -> bool:
-        """Whether the model's blocks take a batch of 0 clips."""
-        return True
 
     def normalise(self, tokens: Tensor) -> Tensor:
         """What the model does to each embedding before it adds positions."""
@@ -67,62 +80,49 @@ class TubeletEmbedding(Patched):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """(B, T, C, H, W) or (B, C, T, H, W) → visible tokens without positions, (B, V, D)."""
-        policy = self.everest
-        size, grid, (height, width) = self.geometry(x)
-        projection = getattr(self, self.projection_name)
-        frames = size.frames * policy.num_candidates(grid[0])
-        expected = {"frames": frames, "channels": self.channels(), "height": height, "width": width}
-        if self.channels_first:
-            expected = {"channels": self.channels(), **expected}
-        check_clips(x, expected, policy, size.frames * grid[0], self.argument)
-        clips = self.padded(x, size)
-
-        tiled = self.only_projects() and only_tiles(projection, size)
-        if tiled:
-            tubelets = unfold_tubelets(clips.transpose(1, 2) if self.channels_first else clips, size)
-            embedded = embed_tubelets(tubelets, projection)
-            scored = self.normalise(embedded)
-        else:
-            scored = self.normalise(self.embed(clips, **kwargs))
+        policy, geometry = self.everest, self.geometry(x)
+        self.check_clips(x, geometry)
+        size, grid = geometry.size, geometry.grid
         with forward_of(policy) as current:
-            none = not torch.compiler.is_compiling() and x.shape[0] == 0
-            if none and not current.only_selects and not self.runs_without_clips():
-                raise ValueError(f"expected at least one clip, got {self.argument} {tuple(x.shape)}")
-            selection = current.given
+            selection, only_selects = current.given, current.only_selects
+            if not (torch.compiler.is_compiling() or x.shape[0] or only_selects or policy.runs_without_clips):
+                raise ValueError(f"expected at least one clip, got {policy.host.argument} {tuple(x.shape)}")
+            if selection is not None:
+                check_selection(selection, grid, x.shape[0], policy.task, policy.frame_sampler is not None)
+            clips, projection = self.padded(x, size), getattr(self, self.projection_name)
+            tiled = self.only_projects() and only_tiles(projection, size)
+            if tiled:
+                tubelets = unfold_tubelets(clips.transpose(1, 2) if policy.host.channels_first else clips, size)
+                embedded = embed_tubelets(tubelets, projection)
+                scored = self.normalise(embedded)
+            else:
+                scored = self.normalise(self.embed(clips, **kwargs))
             if selection is None:
                 selection = policy.select(
                     scored,
                     grid,
                     training=self.training,
                     generator=current.generator,
-                    with_importance=current.only_selects,
+                    with_importance=only_selects,
                 )
-            else:
-                check_selection(selection, grid, clips.shape[0], policy.task, policy.frame_sampler is not None)
             current.selection = selection
         source = source_positions(selection.visible, selection.steps, grid)
         if tiled:
             return self.normalise(embed_chosen(embedded, tubelets, source, projection))
         return gather_tokens(scored, source)
 
-
-def check_clips(clips: Any, expected: dict[str, int], policy: SelectionPolicy, num_frames: int, name: str) -> None:
-    """Raise where a batch of clips isn't what the model takes.
-
-    Args:
-        expected: axis → size of every axis after the batch, in order.
-        num_frames: of the clip that the model runs; more are expected with a frame sampler.
-        name: of the argument, for the message.
-    """
-    if not isinstance(clips, Tensor):
-        axes = ", ".join(["B", *(_LETTERS[axis] for axis in expected)])
-        raise TypeError(f"expected {name} as a tensor ({axes}), got {type(clips).__name__}")
-    if tuple(clips.shape[1:]) != tuple(expected.values()):
-        sampler = policy.frame_sampler
-        sampled = "" if sampler is None else f" ({sampler} of {num_frames})"
-        raise ValueError(
-            f"expected {name} (batch, {', '.join(expected)}) = (B, {', '.join(map(str, expected.values()))})"
-            f"{sampled}, got {tuple(clips.shape)}"
-        )
-    if not clips.is_floating_point():
-        raise ValueError(f"expected normalised floating-point {name}, got {clips.dtype}")
+    def check_clips(self, clips: Any, geometry: Geometry) -> None:
+        """Raise where a batch of clips isn't what the model takes."""
+        host, steps, sampler = self.everest.host, geometry.grid[0], self.everest.frame_sampler
+        expected = geometry.clip(self.everest.num_candidates(steps), host.channels_first)
+        if not isinstance(clips, Tensor):
+            axes = ", ".join(["B", *(_LETTERS[axis] for axis in expected)])
+            raise TypeError(f"expected {host.argument} as a tensor ({axes}), got {type(clips).__name__}")
+        if tuple(clips.shape[1:]) != tuple(expected.values()):
+            sampled = "" if sampler is None else f" ({sampler} of {geometry.size.frames * steps})"
+            raise ValueError(
+                f"expected {host.argument} (batch, {', '.join(expected)}) = (B, "
+                f"{', '.join(map(str, expected.values()))}){sampled}, got {tuple(clips.shape)}"
+            )
+        if not clips.is_floating_point():
+            raise ValueError(f"expected normalised floating-point {host.argument}, got {clips.dtype}")

@@ -2,7 +2,8 @@
 
 Fine-tuning models (VideoMAE, V2, MME, MVD, EVEREST) run their own forward: their tubelet embedding returns the visible
 tokens only, and their position table shows those tokens' positions for the time of a forward. Pre-training models
-(VideoMAE, V2, EVEREST) get another forward, without the boolean masks of their own.
+(VideoMAE, V2, EVEREST) get another forward, without the boolean masks of their own. mmaction2's VideoMAE classifies as
+the former do.
 """
 
 from __future__ import annotations
@@ -10,41 +11,33 @@ from __future__ import annotations
 import inspect
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from everest_tokens.hosts.base import Host
+from everest_tokens.hosts.base import Host, PatchOptions
 from everest_tokens.hosts.fused_attention import FusedAttention, check_attention
-from everest_tokens.hosts.patch_options import PatchOptions
 from everest_tokens.hosts.patched_class import Patched, patch_class
 from everest_tokens.hosts.running import SelectingModel, forward_of, running
-from everest_tokens.hosts.stochastic_depth import (
-    check_stochastic_depth,
-    restore_stochastic_depth,
-    set_stochastic_depth,
-)
-from everest_tokens.hosts.tubelet_embedding import TubeletEmbedding
+from everest_tokens.hosts.tubelet_embedding import Geometry, TubeletEmbedding
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.selection import TokenSelection, source_positions
-from everest_tokens.tubelets import Grid, TubeletSize, is_unhooked
+from everest_tokens.tubelets import TubeletSize, is_unhooked
 
 
 class Tubelets(TubeletEmbedding):
     """A `patch_embed` that hands on the visible tokens within a forward of its model, all of them elsewhere."""
 
-    projection_name = "proj"
-    channels_first = True
-    argument = "clips"
     patched_attributes = ("_only_projects",)
 
-    def geometry(self, clips: Any = None) -> tuple[TubeletSize, Grid, tuple[int, int]]:
-        size = TubeletSize(int(self.tubelet_size), *self.patch_size)
+    def geometry(self, clips: Any = None) -> Geometry:
+        size, weight = TubeletSize(int(self.tubelet_size), *self.patch_size), self.proj.weight
         height, width = self.img_size
-        places = (height // size.height) * (width // size.width)
-        return size, size.grid(size.frames * (self.num_patches // places), height, width), (height, width)
+        steps = self.num_patches // ((height // size.height) * (width // size.width))
+        grid = size.grid(size.frames * steps, height, width)
+        return Geometry(size, grid, (height, width), weight.shape[1], weight.shape[0])
 
     def only_projects(self) -> bool:
         return self._only_projects
@@ -73,11 +66,6 @@ class FineTuning(SelectingModel):
     def pos_embed(self, table: Tensor | None) -> None:
         self._table = table
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        _move_table(self, "_table", self.patch_embed.proj.weight.device)
-        return self
-
 
 class PreTrainingEncoder(Patched):
     """Encodes the visible tokens, without a boolean mask."""
@@ -93,11 +81,6 @@ class PreTrainingEncoder(Patched):
             else:
                 tokens = block(tokens)
         return self.head(self.norm(tokens))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        _move_table(self, "pos_embed", self.patch_embed.proj.weight.device)
-        return self
 
 
 class PreTraining(Patched):
@@ -125,77 +108,44 @@ class PreTraining(Patched):
         outside = partial(_outside, selection=selection, tokens=self.everest.num_candidates(selection.grid[0]))
         return prediction, (outside(selection.visible), outside(selection.target))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        _move_table(self, "pos_embed", self.mask_token.device)
-        return self
-
 
 class VideoMAEFamily(Host):
     patchable = (
         "fine-tuning models of VideoMAE, VideoMAE V2, MME, MVD and EVEREST and pre-training models of VideoMAE, V2 and"
         " EVEREST, of those repositories' own classes"
     )
-    channels_first = True
-    options = ("drop_path", "fused_attention")
+    options: ClassVar[tuple[str, ...]] = ("fused_attention",)
 
     def recognises(self, root: nn.Module) -> bool:
         return _fine_tunes(root) or _pretrains(root) or _predicts_features(root)
 
     def check(self, root: Any) -> None:
         """Raise TypeError for a pre-training model whose targets are not pixels, and for what drops tokens itself."""
-        name, embedding = type(root).__qualname__, getattr(_encoder(root), "patch_embed", None)
-        table = getattr(_encoder(root), "pos_embed", None)
-        if isinstance(table, Tensor) and embedding is not None and table.shape[1] != embedding.num_patches:
-            raise TypeError(
-                f"{name} has {table.shape[1]} positions for {embedding.num_patches} tubelets; patchable are"
-                f" {self.patchable}"
+        name, mask_ratio = type(root).__qualname__, getattr(root, "mask_ratio", None)
+        if _fine_tunes(root) and isinstance(mask_ratio, (int, float)) and mask_ratio > 0:
+            raise ValueError(
+                f"{name}.mask_ratio is {mask_ratio}: it drops tokens of its own, which selecting would drop a second"
+                " time: set it to 0"
             )
-        if _predicts_features(root):
-            raise TypeError(
-                f"{name} predicts other targets than pixels (MME: motion, MVD: teachers' features), "
-                f"so its kept tokens are not its loss's; patchable are {self.patchable}"
-            )
-        if not _pretrains(root):
-            if isinstance(getattr(root, "mask_ratio", None), (int, float)) and root.mask_ratio > 0:
-                raise ValueError(
-                    f"{name}.mask_ratio is {root.mask_ratio}: it drops tokens of its own, which selecting would drop a"
-                    " second time: set it to 0"
-                )
-            return
-        if isinstance(root, Patched):
-            return
-        asked = [each.name for each in _parameters(root.forward) if each.default is each.empty]
-        if len(asked) > 3:
-            raise TypeError(
-                f"{name}.forward needs {', '.join(asked)}: its objective is more than pixels; patchable are"
-                f" {self.patchable}"
-            )
-        if len(_parameters(root.encoder.forward)) < 2:
-            raise TypeError(
-                f"{name}.encoder.forward takes no mask, so it chooses its tokens, and its loss, by itself; patchable"
-                f" are {self.patchable}"
-            )
+        if unfit := _unfit(root):
+            raise TypeError(f"{name}{unfit}; patchable are {self.patchable}")
+
+    def check_options(self, root: Any, options: PatchOptions) -> None:
+        super().check_options(root, options)
+        for number, block in enumerate(_all_blocks(root) if options.fused_attention else ()):
+            check_attention(number, block.attn)
 
     def task(self, root: Any) -> str:
         return "pretraining" if _pretrains(root) else "encoder"
 
-    def embeds(self, root: Any) -> nn.Module:
+    def embeds(self, root: Any) -> Any:
         return _encoder(root).patch_embed
 
-    def grid(self, root: Any, options: PatchOptions) -> Grid:
-        check_stochastic_depth(_encoder(root).blocks, options.drop_path)
-        if options.fused_attention:
-            for number, block in enumerate(_all_blocks(root)):
-                check_attention(number, block.attn)
-        return Tubelets.geometry(_encoder(root).patch_embed)[1]
+    def geometry(self, root: Any, options: PatchOptions | None = None) -> Geometry:
+        return Tubelets.geometry(self.embeds(root))
 
-    def example(self, root: Any) -> tuple[tuple[int, ...], Grid, int]:
-        embedding = _encoder(root).patch_embed
-        size, grid, image = Tubelets.geometry(embedding)
-        steps = self.num_candidates(root, grid)
-        weight = embedding.proj.weight
-        return (1, weight.shape[1], size.frames * steps, *image), grid, weight.shape[0]
+    def blocks(self, root: Any) -> Any:
+        return _encoder(root).blocks
 
     def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
         if _pretrains(root):
@@ -203,32 +153,84 @@ class VideoMAEFamily(Host):
         return [(root.patch_embed, Tubelets), (root, FineTuning)]
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
-        encoder = _encoder(root)
-        embedding = encoder.patch_embed
-        device = embedding.proj.weight.device
-        embedding._only_projects = _only_projects(embedding)
-        if _pretrains(root):
-            for module in (root, encoder):
-                _move_table(module, "pos_embed", device)
-        else:
+        self.embeds(root)._only_projects = _only_projects(self.embeds(root))
+        if not _pretrains(root):
             root._table = root.__dict__.pop("pos_embed", None)
-            _move_table(root, "_table", device)
             if getattr(root, "mcm", False):  # EVEREST's own selection
                 root.mcm, root._everest_mcm = False, True
-        if options.fused_attention:
-            for block in _all_blocks(root):
-                patch_class(block.attn, FusedAttention)
-        if options.drop_path:
-            set_stochastic_depth(encoder.blocks, options.drop_path)
+        for block in _all_blocks(root) if options.fused_attention else ():
+            patch_class(block.attn, FusedAttention)
 
     def restore(self, root: Any, again: PatchOptions | None) -> None:
-        restore_stochastic_depth(_encoder(root).blocks)
         if "_table" in root.__dict__:
             table = root.__dict__.pop("_table")
             if not hasattr(root, "pos_embed"):
                 root.pos_embed = table
         if root.__dict__.pop("_everest_mcm", False):
             root.mcm = True
+
+
+class PairedTubelets(TubeletEmbedding):
+    """mmcv's `PatchEmbed`, which returns (tokens, their number along each axis)."""
+
+    projection_name = "projection"
+    patched_attributes = ("_geometry",)
+
+    def geometry(self, clips: Any) -> Geometry:
+        return self._geometry
+
+    def only_projects(self) -> bool:
+        return self.adap_padding is None and self.norm is None
+
+    def embed(self, clips: Tensor, **kwargs: Any) -> Tensor:
+        return super().embed(clips, **kwargs)[0]
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        """(B, C, T, H, W) → tokens without positions (B, V, D), of the grid."""
+        return super().forward(x, **kwargs), self._geometry.grid
+
+
+class MMActionViT(VideoMAEFamily):
+    patchable = "mmaction2's VisionTransformer (vit_mae), where it returns no feature map"
+    options = ()
+
+    def recognises(self, root: nn.Module) -> bool:
+        weight = getattr(getattr(getattr(root, "patch_embed", None), "projection", None), "weight", None)
+        named = all(hasattr(root, name) for name in ("grid_size", "pos_embed", "blocks", "norm"))
+        return named and isinstance(weight, Tensor) and weight.ndim == 5
+
+    def geometry(self, root: Any, options: PatchOptions | None = None) -> Geometry:
+        (width, channels, *kernel), (rows, columns) = root.patch_embed.projection.weight.shape, root.grid_size
+        size, image = TubeletSize(*kernel), (rows * kernel[1], columns * kernel[2])
+        grid = size.grid(size.frames * (root.pos_embed.shape[1] // (rows * columns)), *image)
+        return Geometry(size, grid, image, channels, width)
+
+    def wraps(self, root: Any) -> list[tuple[nn.Module, type[Patched]]]:
+        return [(root.patch_embed, PairedTubelets), (root, FineTuning)]
+
+    def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
+        root.patch_embed._geometry, root._table = self.geometry(root), None
+
+
+def _unfit(root: Any) -> str:
+    """Why a model that looks like one of the family is none, or ""."""
+    embedding: Any = getattr(_encoder(root), "patch_embed", None)
+    table = getattr(_encoder(root), "pos_embed", None)
+    if isinstance(table, Tensor) and table.shape[1] != getattr(embedding, "num_patches", table.shape[1]):
+        return f" has {table.shape[1]} positions for {embedding.num_patches} tubelets"
+    if _predicts_features(root):
+        return (
+            " predicts other targets than pixels (MME: motion, MVD: teachers' features), so its kept tokens are not its"
+            " loss's"
+        )
+    if not _pretrains(root) or isinstance(root, Patched):
+        return ""
+    asked = [each.name for each in _parameters(root.forward) if each.default is each.empty]
+    if len(asked) > 3:
+        return f".forward needs {', '.join(asked)}: its objective is more than pixels"
+    if len(_parameters(root.encoder.forward)) < 2:
+        return ".encoder.forward takes no mask, so it chooses its tokens, and its loss, by itself"
+    return ""
 
 
 def _encoder(root: Any) -> Any:
@@ -297,14 +299,6 @@ def _only_projects(embedding: Any) -> bool:
     projected = embedding.proj(clip).flatten(2).transpose(1, 2)
     embedded = type(embedding).forward(embedding, clip)  # not called, for the same reason
     return embedded.shape == projected.shape and torch.equal(embedded, projected)
-
-
-def _move_table(module: Any, name: str, device: torch.device) -> None:
-    """Tables that are plain tensors follow the model, so that no forward copies them from the host."""
-    table = getattr(module, name)
-    plain = isinstance(table, Tensor) and not isinstance(table, nn.Parameter)
-    if plain and table.device != device and "meta" not in (table.device.type, device.type):
-        setattr(module, name, table.to(device))
 
 
 def _outside(index: Tensor, selection: TokenSelection, tokens: int) -> Tensor:
