@@ -127,9 +127,9 @@ class VJEPA2Tubelets(Tubelets):
         """Also of more or fewer time steps than configured, which rotary positions take, without a frame sampler."""
         geometry = super().geometry(clips)
         if isinstance(clips, Tensor) and clips.ndim == 5 and self.everest.frame_sampler is None:
-            steps, rest = divmod(clips.shape[1], geometry.size.frames)
-            if steps >= 2 and rest == 0:
-                return replace(geometry, grid=(steps, *geometry.grid[1:]))
+            frames, size = clips.shape[1], geometry.size
+            if frames % size.frames == 0 and frames >= 2 * size.frames:
+                return replace(geometry, grid=size.grid(frames, *geometry.image))
         return geometry
 
     def padded(self, clips: Tensor, size: TubeletSize) -> Tensor:
