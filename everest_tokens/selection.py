@@ -110,12 +110,11 @@ def run_selector(selector: Selector, tokens: Tensor, grid: Grid, generator: torc
         if kept.ndim != 2 or kept.shape[1] < 1:
             raise ValueError(f"a selector must keep at least one token, got indices {tuple(kept.shape)}")
         kept = kept.sort(dim=1).values
-        if has_values(kept):
-            _check_positions(kept, grid, "what a selector returns")
+        _check_positions(kept, grid, "what a selector returns")
     return kept
 
 
-def check_selection(selection: TokenSelection, grid: Grid, clips: int, task: str, sampled: bool) -> None:
+def check_selection(selection: TokenSelection, grid: Grid, clips: int, task: str, candidates: int | None) -> None:
     """Raise ValueError where a selection that a caller gives can't be run.
 
     Positions out of range, repeated or out of order are noticed where `has_values` says that they can be.
@@ -124,25 +123,27 @@ def check_selection(selection: TokenSelection, grid: Grid, clips: int, task: str
         grid: (τ, h, w) of the clips that the model runs.
         clips: how many.
         task: "pretraining", which needs targets, or "encoder".
-        sampled: whether the model has a frame sampler, which needs steps.
+        candidates: how many time steps the τ are drawn from; None without a frame sampler.
     """
     if tuple(selection.grid) != grid or selection.visible.shape[0] != clips:
         raise ValueError(
             f"token_selection is for {selection.visible.shape[0]} clips of grid {tuple(selection.grid)}, "
             f"the input has {clips} of grid {grid}"
         )
-    if (selection.steps is None) != (not sampled):
+    if (selection.steps is None) != (candidates is None):
         raise ValueError("token_selection must have `steps` exactly where the model has a frame sampler")
-    for name in ("visible", "target", "steps"):
-        index = getattr(selection, name)
-        if index is not None and (index.ndim != 2 or index.shape[0] != clips or index.dtype != torch.int64):
-            got = f"{index.dtype} {tuple(index.shape)}"
-            raise ValueError(f"token_selection.{name} must be int64 ({clips}, …), got {got}")
-        if index is not None and name != "steps" and has_values(index):
-            _check_positions(index, grid, f"token_selection.{name}")
     if selection.target is None and task == "pretraining":
         raise ValueError("token_selection has no targets, which pre-training needs: select with this model")
-    if task == "pretraining" and has_values(selection.kept):
+    for name in ("visible", "target", "steps"):
+        index, steps = getattr(selection, name), name == "steps"
+        if index is None:
+            continue
+        fits = index.ndim == 2 and index.shape[0] == clips and (not steps or index.shape[1] == grid[0])
+        if not fits or index.dtype != torch.int64:
+            expected = f"({clips}, {grid[0] if steps else '…'})"
+            raise ValueError(f"token_selection.{name} must be int64 {expected}, got {index.dtype} {tuple(index.shape)}")
+        _check_positions(index, grid, f"token_selection.{name}", candidates if steps else None)
+    if task == "pretraining" and has_values(selection.visible):
         _check_positions(selection.kept, grid, "token_selection.kept, visible and target together,")
 
 
@@ -159,11 +160,13 @@ def has_values(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _check_positions(index: Tensor, grid: Grid, name: str) -> None:
-    tokens = math.prod(grid)
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= tokens):
-        raise ValueError(
-            f"{name} must be positions in 0…{tokens - 1} of grid {grid}, got {int(index.min())}…{int(index.max())}"
-        )
+def _check_positions(index: Tensor, grid: Grid, name: str, steps: int | None = None) -> None:
+    """Raise ValueError where `has_values` shows what are no positions in the grid, or no places among `steps`."""
+    if not has_values(index):
+        return
+    count, where = (math.prod(grid), f" of grid {grid}") if steps is None else (steps, "")
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+        got = f"{int(index.min())}…{int(index.max())}"
+        raise ValueError(f"{name} must be positions in 0…{count - 1}{where}, got {got}")
     if not bool((index.diff(dim=1) > 0).all()):
         raise ValueError(f"{name} must be ascending without repeats in every clip")

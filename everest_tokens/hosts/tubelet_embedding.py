@@ -88,7 +88,8 @@ class TubeletEmbedding(Patched):
             if not (torch.compiler.is_compiling() or x.shape[0] or only_selects or policy.runs_without_clips):
                 raise ValueError(f"expected at least one clip, got {policy.host.argument} {tuple(x.shape)}")
             if selection is not None:
-                check_selection(selection, grid, x.shape[0], policy.task, policy.frame_sampler is not None)
+                candidates = None if policy.frame_sampler is None else policy.num_candidates(grid[0])
+                check_selection(selection, grid, x.shape[0], policy.task, candidates)
             clips, projection = self.padded(x, size), getattr(self, self.projection_name)
             tiled = self.only_projects() and only_tiles(projection, size)
             if tiled:

@@ -61,6 +61,15 @@ class TestNothingRuns:
             given = dataclasses.replace(good, **change)
             assert products_of(lambda given=given: model(clips, token_selection=given), ValueError) == 0, change
 
+    @hosts(variants=False)
+    def test_before_time_steps_that_are_none_are_refused(self, case: HostCase):
+        model, t = case.patched(frame_sampler=et.InfoFrameSampler(2.0)), case.grid[0]
+        clips = case.clips(frames=2 * case.clip[case.time])
+        good = et.select_tokens(model, clips)
+        for steps in (good.steps + 2 * t, good.steps - 2 * t, good.steps.flip(1), good.steps[:, 1:]):
+            given = dataclasses.replace(good, steps=steps)
+            assert products_of(lambda given=given: model(clips, token_selection=given), ValueError, "steps must") == 0
+
     @hosts()
     def test_before_a_batch_without_clips_is_refused(self, case: HostCase):
         """Or there is an empty result: `test_no_clip` says where there must be one."""
