@@ -144,7 +144,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward alone, no hook of its own nor one on every module."""
-    heard = (hooks for name in _HOOKS for hooks in (getattr(module, name), getattr(every_module, f"_global{name}")))
+    heard = [getattr(module, name) or getattr(every_module, f"_global{name}") for name in _HOOKS]
     return "forward" not in module.__dict__ and not any(heard)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -90,7 +89,7 @@ class TransformersHost(Host):
 
     def geometry_of(self, config: Any) -> Geometry:
         """As `geometry`, by the model's config."""
-        frames, image, channels = (getattr(config, name) for name in self.names)
+        frames, image, channels = [getattr(config, name) for name in self.names]
         tubelet, image = getattr(config, "tubelet_size", 1), _pair(image)
         size = TubeletSize(tubelet, *_pair(config.patch_size)) if isinstance(tubelet, int) else TubeletSize(*tubelet)
         return Geometry(size, size.grid(frames, *image), image, channels, config.hidden_size)
@@ -129,7 +128,8 @@ class VJEPA2Tubelets(Tubelets):
         if isinstance(clips, Tensor) and clips.ndim == 5 and self.everest.frame_sampler is None:
             frames, size = clips.shape[1], geometry.size
             if frames % size.frames == 0 and frames >= 2 * size.frames:
-                return replace(geometry, grid=size.grid(frames, *geometry.image))
+                grid = size.grid(frames, *geometry.image)
+                return Geometry(size, grid, geometry.image, geometry.channels, geometry.width)
         return geometry
 
     def padded(self, clips: Tensor, size: TubeletSize) -> Tensor:
