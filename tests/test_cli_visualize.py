@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
-from everest_tokens import visualization
-from everest_tokens.cli import main, patched_model
+from everest_tokens import commands
+from everest_tokens.cli import main
+from everest_tokens.commands import patched_model
 from everest_tokens.demo import sample_video
 from everest_tokens.video import load_clip
 from everest_tokens.visualization import draw, pixels_of
@@ -43,7 +44,7 @@ def folder(tmp_path):
 def drawn(monkeypatch):
     """The parts of each page that the command draws."""
     pages = []
-    monkeypatch.setattr(visualization, "draw", lambda parts, **options: pages.append(parts) or draw(parts, **options))
+    monkeypatch.setattr(commands, "draw", lambda parts, **options: pages.append(parts) or draw(parts, **options))
     return pages
 
 
