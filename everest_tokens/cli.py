@@ -21,14 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     logger.addHandler(handler)  # what the library logs is what the command reports
     logger.setLevel(logging.INFO)
     try:
-        getattr(import_module("everest_tokens.commands"), options.pop("command"))(**options)
+        return getattr(import_module("everest_tokens.commands"), options.pop("command"))(**options) or 0
     except (ValueError, ImportError, OSError) as error:
         print(f"everest-tokens: {error}", file=sys.stderr)
         return 2
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +71,45 @@ def _parser() -> argparse.ArgumentParser:
     argument("--start", type=int, nargs="+", metavar="FRAME", help=start)
     argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     argument("--columns", type=int, default=8, help="the most time steps in a line (default: 8)")
+
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument("model", metavar="FOLDER", help="folder or hub id of a transformers model, patched or not")
+    keep_ratio = {"type": float, "help": "share of the tokens to keep (default: the model's, else the paper's 0.6)"}
+    argument = command(
+        "predict",
+        "Classify videos with a fine-tuned model: label, score and milliseconds of each. A video that can't be read is "
+        "reported, the others are done, and the exit code is 1.",
+        folder,
+    )
+    argument("videos", nargs="+", type=Path, metavar="VIDEO")
+    argument("--top", type=int, default=5, help="labels of each video (default: 5)")
+    argument("--views", default="1x1", help="temporal clips x crops (1 or 3), averaged, such as 5x3 (default: 1x1)")
+    argument("--stride", type=int, help="frames from one to the next, 0 for segments (default: as trained, else 4)")
+    argument("--keep-ratio", **keep_ratio)
+    argument("--json", dest="as_json", action="store_true", help="print a list of objects, one for each video")
+    here = {"nargs": "?", "type": Path, "const": Path(), "metavar": "DIR"}
+    argument("--heatmap", **here, help="draw what is kept of each video into DIR (default: here)")
+    argument = command(
+        "export",
+        "Write a model, its selection inside, for any number of clips. The file is checked against the model "
+        "on a moving and a static clip before it is put in its place.",
+        folder,
+    )
+    argument(
+        "--format", dest="kind", choices=["pt2", "onnx"], default="pt2", help="torch.export or ONNX (default: pt2)"
+    )
+    argument("--out", type=Path, help="the file to write (default: everest.pt2 or everest.onnx)")
+    argument("--keep-ratio", **keep_ratio)
+    argument = command(
+        "benchmark",
+        "Measure clips a second and peak memory of a classifier or encoder on this machine, unpatched and patched in "
+        "turn, over random clips.",
+        folder,
+    )
+    argument("--keep-ratios", type=float, nargs="+", metavar="RATIO", help="to compare (default: the model's)")
+    argument("--batch-size", type=int, default=1, help="clips in a run (default: 1)")
+    argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
+    argument("--training", action="store_true", help="training steps (forward, backward, AdamW) instead of forwards")
 
     # What isn't given is left to `load_videomae`.
     checkpoint = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)

@@ -1,18 +1,24 @@
-"""What the commands `visualize`, `inspect` and `convert` do; the demo has a file of its own."""
+"""What the commands do, beside what each has a file of its own for."""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from everest_tokens.checkpoints import describe_checkpoint, load_videomae
+from everest_tokens.comparing import compare
 from everest_tokens.demo import demo as demo
+from everest_tokens.exporting import export as export_model
 from everest_tokens.patching import patch_videomae, select_tokens
+from everest_tokens.prediction import classify, reading_of
 from everest_tokens.selectors import ReRoSelector
-from everest_tokens.video import load_clip
+from everest_tokens.video import load_clip, load_views
 from everest_tokens.visualization import check_out, draw, pixels_of, selection_part
 
 _POSITIONS = {"sinusoid": "VideoMAE's sinusoid", "mvd": "MVD's 3D sin-cos", "stored": "the file's own table"}
@@ -74,6 +80,76 @@ def patched_model(
     if keep_ratio is not None:
         policy.selector.keep_ratio = keep_ratio
     return loaded
+
+
+def predict(
+    model: str,
+    videos: list[Path],
+    top: int,
+    views: str,
+    stride: int | None,
+    keep_ratio: float | None,
+    as_json: bool,
+    heatmap: Path | None,
+) -> int:
+    """Print what a classifier says of each video; returns 1 where one couldn't be read. See `predict --help`."""
+    from tqdm import tqdm
+
+    loaded, results = _on_device(patched_model(model, keep_ratio)), []
+    if heatmap is not None:
+        heatmap.mkdir(parents=True, exist_ok=True)
+    for video, result in zip(
+        tqdm(videos, desc="videos", disable=len(videos) == 1),
+        classify(loaded, model, videos, views=views, stride=stride, top=top),
+        strict=True,
+    ):
+        results.append(result)
+        if "problem" in result:
+            print(f"everest-tokens: {result['problem']}", file=sys.stderr)
+            continue
+        if heatmap is not None:
+            reading = reading_of(loaded, model, stride)
+            clip = load_views(video, clips=1, crops=1, **reading).to(loaded.device)
+            look = reading["processor"]
+            pixels = pixels_of(clip) if look is None else pixels_of(clip, look.image_mean, look.image_std)
+            picture = draw([selection_part(pixels, {"kept": select_tokens(loaded, clip)})])
+            picture.savefig(heatmap / f"{'-'.join(video.parts[-2:])}.png")
+        if not as_json:
+            named = ", ".join(f"{label} {score:.3f}" for label, score in result["top"])
+            tqdm.write(f"{video}: {named} ({result['milliseconds']:.0f} ms)")
+    if as_json:
+        print(json.dumps(results, indent=1))
+    return int(any("problem" in result for result in results))
+
+
+def export(model: str, out: Path | None, kind: str, keep_ratio: float | None) -> None:
+    """Write a model as a file that needs no library of ours, and print what came of it. See `export --help`."""
+    about = export_model(patched_model(model, keep_ratio), out or Path(f"everest.{kind}"), kind)
+    for name, value in about.items():
+        print(f"{name:<12}{value}")
+
+
+def benchmark(model: str, keep_ratios: list[float] | None, batch_size: int, repeats: int, training: bool) -> None:
+    """Print what a model costs with all tokens and with fewer, measured in turn. See `benchmark --help`."""
+    from tqdm import tqdm
+
+    loaded = _on_device(patched_model(model))
+    ratios = keep_ratios or [loaded.everest.selector.keep_ratio]
+    with tqdm(total=(len(ratios) + 1) * (repeats + 2), desc="runs", leave=False) as bar:
+        costs = compare(
+            loaded, ratios, batch_size=batch_size, repeats=repeats, training=training, progress=lambda: bar.update()
+        )
+    what, where = "training steps" if training else "forwards", loaded.device
+    print(f"{what} of {batch_size} clip(s) on {where}, medians of {repeats} in turn")
+    print(f"{'':<22}{'clips a second':>15}{'time':>8}{'peak memory':>14}{'ratio':>8}")
+    for cost in costs:
+        name = "all tokens, unpatched" if cost.keep_ratio is None else f"keep ratio {cost.keep_ratio}"
+        memory = f"{cost.peak / 2**20:>10.0f} MiB{cost.peak / costs[0].peak:>8.2f}"
+        print(f"{name:<22}{cost.clips_per_second:>15.2f}{cost.time_ratio:>8.2f}{memory}")
+
+
+def _on_device(model: Any) -> Any:
+    return model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
 
 def convert(checkpoint: Path, out: Path, **loading: Any) -> None:

@@ -75,7 +75,8 @@ def compare(
             patch_videomae(other, selectors[ratio])
         clips = torch.randn(batch_size, *host_of(other).example(other)[0][1:], device=device)
         runs[ratio] = _run(other, clips, training)
-    peaks, seconds = {}, {ratio: [] for ratio in runs}
+    peaks: dict[float | None, int] = {}
+    seconds: dict[float | None, list[float]] = {ratio: [] for ratio in runs}
     for turn in range(2 + repeats):
         for ratio, run in runs.items():
             if turn == 1:

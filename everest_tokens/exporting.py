@@ -30,7 +30,7 @@ class OfClips(nn.Module):
         return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
-def export(model: Any, path: Path) -> dict[str, str]:
+def export(model: Any, path: Path, kind: str) -> dict[str, str]:
     """Write a patched model, its selection inside the graph, for any number of clips.
 
     The file is put in its place once it gives what the model gives on a random clip and on a static one, whose tokens
@@ -38,30 +38,28 @@ def export(model: Any, path: Path) -> dict[str, str]:
 
     Args:
         model: of transformers, in eval mode.
-        path: ends in .pt2 (torch.export) or .onnx (torch.onnx, checked with onnxruntime).
+        kind: "pt2" (torch.export) or "onnx" (torch.onnx, checked with onnxruntime).
 
     Returns:
         What a reader wants to know: name → text.
 
     Raises:
-        ValueError: another ending, a model that draws at random or that the format can't express, with the part that
+        ValueError: a model that draws at random or that the format can't express, with the part that
             it can't, or a file whose numbers are others.
         ImportError: the `onnx` extra is not installed.
     """
-    writers = {".pt2": _write_pt2, ".onnx": _write_onnx}
-    if path.suffix not in writers:
-        raise ValueError(f"expected a file that ends in {' or '.join(writers)}, got {path}")
     if model.everest.task == "pretraining":
         raise ValueError("a pre-training model draws its visible tokens at random: export an encoder or a classifier")
     if getattr(model.everest.selector, "random", False):
         raise ValueError(f"{model.everest.selector} draws at random, and a file would draw differently")
     clips = torch.randn(2, *host_of(model).example(model)[0][1:], generator=torch.Generator().manual_seed(0))
     clips[1] = clips[1, :1]
-    module, partial = OfClips(model), path.with_name(f"{path.stem}.partial{path.suffix}")
+    module, partial = OfClips(model), path.with_name(f".{path.name}.partial.{kind}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters, about themselves
-            run, about = writers[path.suffix](module, clips, partial)
+            run, about = (_write_pt2 if kind == "pt2" else _write_onnx)(module, clips, partial)
         with torch.no_grad():
             wanted, model_seconds = _timed(module, clips)
         given, file_seconds = _timed(run, clips)

@@ -14,20 +14,20 @@ import torch
 from transformers.image_processing_base import ImageProcessingMixin
 
 from everest_tokens.patching import host_of
-from everest_tokens.video import load_views
+from everest_tokens.video import integer, load_views
 
 AT_ONCE = 15  # views in a forward: what a video has in the papers' tests
 
 
-def predict(
+def classify(
     model: Any, folder: str, videos: Sequence[Path], *, views: str = "1x1", stride: int | None = None, top: int = 5
 ) -> Iterator[dict[str, Any]]:
     """Classify videos by the mean of the softmax over their views.
 
     Args:
         model: a patched classifier, in eval mode on its device.
-        folder: where it comes from, a folder or a hub id: its processor says how pixels are made, and recipe.json, which
-            examples/finetune.py writes, at which stride it was trained.
+        folder: where it comes from, a folder or a hub id: its processor says how pixels are made, and recipe.json of
+            examples/finetune.py at which stride it was trained.
         views: "CLIPSxCROPS", crops 1 or 3.
         stride: in place of the folder's; 0 takes a frame from each of equal segments.
         top: labels that are given of each video.
@@ -42,20 +42,12 @@ def predict(
     counts = re.fullmatch("([1-9][0-9]*)x([13])", views)
     if counts is None:
         raise ValueError(f"views must be CLIPSxCROPS with 1 or 3 crops, such as 5x3, got {views!r}")
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
+    for name, value, least in (("top", top, 1), ("stride", stride or 0, 0)):
+        integer(name, value, least=least)
     if not hasattr(model, "classifier"):
         raise ValueError(f"{folder}: a {type(model).__name__}, expected a classifier")
-    (_, frames, _, *size), labels = host_of(model).example(model)[0], model.config.id2label
-    device = next(model.parameters()).device
-    reading = {
-        "clips": int(counts[1]),
-        "crops": int(counts[2]),
-        "num_frames": frames,
-        "stride": _recorded_stride(folder) if stride is None else stride,
-        "size": tuple(size),
-        "processor": _processor(folder),
-    }
+    labels, device = model.config.id2label, next(model.parameters()).device
+    reading = {"clips": int(counts[1]), "crops": int(counts[2]), **reading_of(model, folder, stride)}
     for video in videos:
         start = time.perf_counter()
         try:
@@ -79,6 +71,13 @@ def predict(
             "milliseconds": round(1e3 * (time.perf_counter() - read), 1),
             "reading_milliseconds": round(1e3 * (read - start), 1),
         }
+
+
+def reading_of(model: Any, folder: str, stride: int | None = None) -> dict[str, Any]:
+    """Arguments of `load_views` for a model's clips; stride: in place of the folder's."""
+    _, frames, _, height, width = host_of(model).example(model)[0]
+    stride = _recorded_stride(folder) if stride is None else stride
+    return {"num_frames": frames, "stride": stride, "size": (height, width), "processor": _processor(folder)}
 
 
 def _processor(folder: str) -> Any:

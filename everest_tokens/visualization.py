@@ -170,10 +170,10 @@ def _elided(text: str, ems: float) -> str:
     return text if len(text) <= kept else f"{text[: kept // 2]}…{text[-(kept // 2) :]}"
 
 
-def pixels_of(clip: Tensor) -> Tensor:
+def pixels_of(clip: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """Undo the normalisation of `load_clip`'s clip (1, T, 3, H, W): (T, 3, H, W) in [0, 1]."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (clip[0] * std + mean).clamp(0, 1)
+    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+    return (clip[0].cpu() * scale + shift).clamp(0, 1)
 
 
 def check_out(out: Path, *suffixes: str) -> None:
