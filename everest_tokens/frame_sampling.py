@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everest_tokens.ranking import stable_order
 from everest_tokens.selectors import floor_of, static_ratio
 
 
@@ -62,7 +63,7 @@ class InfoFrameSampler:
     def most_probable(self, counts: Tensor, num_steps: int) -> Tensor:
         """The τ steps with the largest counts, ties to the earlier: what evaluation uses. As `__call__` otherwise."""
         self._check(counts, num_steps)
-        return counts.sort(dim=1, descending=True, stable=True).indices[:, :num_steps].sort(dim=1).values
+        return stable_order(counts, descending=True)[:, :num_steps].sort(dim=1).values
 
     @staticmethod
     def _check(counts: Tensor, num_steps: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
+from everest_tokens.ranking import stable_order
 from everest_tokens.selection import TokenSelection, count_per_step, has_values, run_selector, source_positions
 from everest_tokens.selectors import (
     RandomSelector,
@@ -252,7 +253,7 @@ class SelectionPolicy:
         custom = not isinstance(self.visible, TokenSelector)
         if custom and has_values(seen) and int(seen.sum()) != visible.numel():
             raise ValueError(f"visible={self.visible!r} must choose distinct tokens among the kept")
-        unseen_first = seen.sort(dim=1, stable=True).indices
+        unseen_first = stable_order(seen)
         return visible, kept.gather(1, unseen_first[:, :targets])
 
 

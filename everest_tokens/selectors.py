@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.distances import DISTANCES, Distance
+from everest_tokens.ranking import stable_order
 from everest_tokens.tubelets import Grid
 
 Selector = Callable[[Tensor, Grid], Tensor]
@@ -170,7 +171,7 @@ class ReRoSelector(TokenSelector):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) → kept indices (B, K), int64, ascending. Raises as `importance` and `num_kept` do."""
         kept = self.num_kept(grid)
-        ranked = self.importance(tokens, grid).sort(dim=1, descending=self.descending, stable=True).indices
+        ranked = stable_order(self.importance(tokens, grid), self.descending)
         return ranked[:, :kept].sort(dim=1).values
 
 
@@ -240,4 +241,4 @@ class RunningCellSelector(TokenSelector):
         column = torch.arange(w, device=device) % 2
         position = (step + 2 * row + column).flatten()  # (N,)
         dropped = (position + phase) % 4 >= round(4 * self.keep_ratio)  # (B, N), K of them False in every row
-        return dropped.byte().sort(dim=1, stable=True).indices[:, :kept]
+        return stable_order(dropped.byte())[:, :kept]

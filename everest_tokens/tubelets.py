@@ -179,7 +179,8 @@ def embed_chosen(embedded: Tensor, tubelets: Tensor, index: Tensor, projection: 
         (B, M, D). Its backward sees the chosen tubelets' pixels and no others.
     """
     trained = (projection.weight, projection.bias, tubelets)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)):
+    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained)
+    if not wants_grad or torch.onnx.is_in_onnx_export():  # the older exporter would bake the batch into an indexing
         return gather_tokens(embedded, index)
     # Indexed, because `gather` would keep all tubelets until backward where the pixels want a gradient; in autocast's
     # dtype, so that what is saved is as small as autocast makes it.

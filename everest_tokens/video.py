@@ -49,31 +49,101 @@ def load_clip(
             frame of the clip doesn't decode.
         ImportError: the `video` extra is not installed.
     """
-    try:
-        from torchvision.transforms.v2 import functional
-    except ImportError as error:
-        raise ImportError(f"preparing a clip needs torchvision: {EXTRA}") from error
-    short_side = None
-    if processor is not None:
-        size, short_side = _geometry(processor)
-        mean, std = processor.image_mean, processor.image_std
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    crop = (integer("size", height, least=1), integer("size", width, least=1))
-    height, width = crop if short_side is None else (integer("short_side", short_side, least=max(crop)),) * 2
 
     def choose(length: int) -> list[int]:
         return dense_indices(length, num_frames, stride, start=start, generator=generator)
 
-    frames = _read(os.fsdecode(path), choose)  # uint8 (T, 3, H, W)
-    old_height, old_width = frames.shape[-2:]
-    if height * old_width >= width * old_height:  # the height decides; the other side is rounded down
-        width = max(width, height * old_width // old_height)
-    else:
-        height = max(height, width * old_height // old_width)
-    frames = functional.resize(frames, [height, width], antialias=True)
-    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2  # as the processors do; v2.CenterCrop rounds otherwise
-    frames = functional.to_dtype(frames[..., top : top + crop[0], left : left + crop[1]], torch.float32, scale=True)
-    return functional.normalize(frames, list(mean), list(std))[None].contiguous()
+    look = _Look(size, mean, std, processor)
+    return look.crops(_read(os.fsdecode(path), choose), [0.5])[None]
+
+
+def load_views(
+    path: str | os.PathLike[str],
+    *,
+    clips: int = 5,
+    crops: int = 3,
+    num_frames: int = 16,
+    stride: int = 4,
+    size: int | tuple[int, int] = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    processor: Any = None,
+) -> Tensor:
+    """Load several views of a video for a test: float32 (clips·crops, num_frames, 3, *size), a clip's crops in turn.
+
+    Args:
+        clips: of `view_indices`.
+        crops: 1 in the middle, or 3 at the ends and in the middle of what the crop leaves over.
+        stride: 0 takes a frame from each of `num_frames` equal segments.
+
+        The others are `load_clip`'s, and so is what is raised.
+    """
+    if crops not in (1, 3):
+        raise ValueError(f"crops must be 1 or 3, got {crops!r}")
+    look = _Look(size, mean, std, processor)
+
+    def choose(length: int) -> list[int]:
+        return [number for view in view_indices(length, num_frames, stride, clips) for number in view]
+
+    frames = look.crops(
+        _read(os.fsdecode(path), choose), [0.5] if crops == 1 else [0.0, 0.5, 1.0]
+    )  # (crops·clips·T, …)
+    views = frames.unflatten(0, (crops, clips, num_frames))
+    return views.transpose(0, 1).flatten(0, 1).contiguous()
+
+
+def view_indices(length: int, num_frames: int, stride: int, clips: int) -> list[list[int]]:
+    """Number the frames of `clips` temporal views, spread evenly over a video of `length` frames.
+
+    Dense: starts from 0 to the last one that fits (one clip: the middle). With stride 0 the video is cut into
+    `num_frames` equal segments, each into `clips` equal parts, and clip c takes the middle of each part c (TSN, Wang et
+    al., 2016).
+
+    Raises:
+        ValueError: as `dense_indices`, or clips is not a positive integer.
+    """
+    clips = integer("clips", clips, least=1)
+    if stride == 0:
+        parts = 2 * integer("num_frames", num_frames, least=1) * clips
+        middles = [(2 * part + 1) * integer("length", length, least=1) // parts for part in range(parts // 2)]
+        return [middles[clip::clips] for clip in range(clips)]
+    if clips == 1:
+        return [dense_indices(length, num_frames, stride)]
+    last = max(length - (num_frames - 1) * stride - 1, 0)
+    return [dense_indices(length, num_frames, stride, start=clip * last // (clips - 1)) for clip in range(clips)]
+
+
+class _Look:
+    """How frames become what a model sees: resized to just cover the crop, cropped, scaled to [0, 1], normalised."""
+
+    def __init__(self, size: Any, mean: Sequence[float], std: Sequence[float], processor: Any) -> None:
+        try:
+            from torchvision.transforms.v2 import functional
+        except ImportError as error:
+            raise ImportError(f"preparing a clip needs torchvision: {EXTRA}") from error
+        self.functional, self.mean, self.std, short_side = functional, list(mean), list(std), None
+        if processor is not None:
+            size, short_side = _geometry(processor)
+            self.mean, self.std = list(processor.image_mean), list(processor.image_std)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        self.crop = (integer("size", height, least=1), integer("size", width, least=1))
+        self.least = self.crop if short_side is None else (integer("short_side", short_side, least=max(self.crop)),) * 2
+
+    def crops(self, frames: Tensor, places: Sequence[float]) -> Tensor:
+        """uint8 (T, 3, H, W) → float32 (places·T, 3, *crop); places: 0 for the top or left, 0.5 for the middle."""
+        (height, width), (old_height, old_width) = self.least, frames.shape[-2:]
+        if height * old_width >= width * old_height:  # the height decides; the other side is rounded down
+            width = max(width, height * old_width // old_height)
+        else:
+            height = max(height, width * old_height // old_width)
+        frames = self.functional.resize(frames, [height, width], antialias=True)
+        slack = height - self.crop[0], width - self.crop[1]
+        cut = []
+        for place in places:
+            top, left = (int(place * each) for each in slack)  # as the processors do; v2.CenterCrop rounds otherwise
+            cut.append(frames[..., top : top + self.crop[0], left : left + self.crop[1]])
+        pixels = self.functional.to_dtype(torch.cat(cut), torch.float32, scale=True)
+        return self.functional.normalize(pixels, self.mean, self.std).contiguous()
 
 
 def dense_indices(

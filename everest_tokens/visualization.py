@@ -107,50 +107,56 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
     style: dict[str, Any] = {"fontsize": font, "parse_math": False}  # a file name may hold a $
     em = font / 72  # inches, as all lengths here; a letter is 0.6 em wide or less, capitals and w up to 1
     columns = min(columns, max(len(part.frames) for part in parts))
-    valued = any(row.images.ndim == 3 for part in parts for row in part.rows)
-    image = min((width - (11 + 4 * valued) * em) / columns, 17 * em)
-    high = image * parts[0].rows[0].images.shape[-2] / parts[0].rows[0].images.shape[-1]
-    lines = [(part, row) for part in parts for row in part.rows]
-    labels = [_wrapped(row.label, 10) for _, row in lines]
-    pad = max(
-        0.2 * em, 0.65 * em * (1 + max(label.count("\n") for label in labels)) - high / 2
-    )  # a label may be higher
-    height = len(lines) * (high + 2 * pad) + 0.6 * em
-    height += (
-        1.3 * em * sum(1 + _wrapped(part.captions[-1], image / em).count("\n") + bool(part.title) for part in parts)
-    )
-    size, dpi = (columns * image + (11 + 4 * valued) * em, height), 100 if font > 10 else 300
-    figure: Any = Figure(size, dpi=dpi, layout="compressed")
+    left, gap = 11 * em, 0.4 * em
+    right = (
+        6.5 * em * any(row.images.ndim == 3 for part in parts for row in part.rows)
+    )  # a colour scale and its numbers
+    wide = min((width - left - right) / columns, 17 * em) - gap
+    high = wide * parts[0].rows[0].images.shape[-2] / parts[0].rows[0].images.shape[-1]
+    labels = {id(row): _wrapped(row.label, 10) for part in parts for row in part.rows}
+    line = max(high, 2.6 * em, *(_height(label, em) for label in labels.values())) + gap
+    captions = [[_wrapped(caption, wide / em) for caption in part.captions] for part in parts]
+    heads = [max(_height(text, em) for text in texts) + gap for texts in captions]
+    heads = [head + _height("title", em) * bool(part.title) for part, head in zip(parts, heads, strict=True)]
+    page = (left + columns * (wide + gap) + right, sum(heads) + line * len(labels))
+    figure: Any = Figure(page, dpi=100 if font > 10 else 300)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.2 * em, h_pad=pad, wspace=0, hspace=0)
-    grid = figure.subplots(len(lines), columns, squeeze=False)
-    for (part, row), label, axes in zip(lines, labels, grid, strict=True):
+
+    def frame_at(x: float, middle: float, width: float, height: float) -> Any:
+        place = (x / page[0], (middle - height / 2) / page[1], width / page[0], height / page[1])
+        axis = figure.add_axes(place, xticks=[], yticks=[])
+        axis.spines[:].set(color="0.6", linewidth=0.05 * font)
+        return axis
+
+    top = page[1]
+    for part, texts, head in zip(parts, captions, heads, strict=True):
         chosen = torch.linspace(0, len(part.frames) - 1, min(len(part.frames), columns)).round().int().tolist()
-        captions = [_wrapped(part.captions[part.frames[i]], image / em) for i in chosen]
-        limits = None
-        if row.images.ndim == 3:
-            low, top = row.images.min().item(), torch.quantile(row.images.flatten(), 0.99).item()
-            limits = (low, max(top, low + 1e-6))
-        for axis, i, caption in zip(axes, chosen, captions, strict=False):
-            values = row.images[part.frames[i]] if limits else row.images[part.frames[i]].permute(1, 2, 0)
-            shown = axis.imshow(values.numpy(), "cividis", clim=limits, aspect="auto")
-            axis.set(xticks=[], yticks=[], box_aspect=high / image)
-            axis.spines[:].set(color="0.6", linewidth=0.05 * font)
-            if row is part.rows[0]:  # with room for the clip's title above
-                axis.set_title("\n" * bool(part.title) + caption, pad=0.4 * font, **style)
-        for axis in axes[len(chosen) :]:
-            axis.remove()
-        axes[0].set_ylabel(label, rotation=0, ha="right", va="center", **style)
-        if row is part.rows[0] and part.title:
-            title = _elided(part.title, size[0] / em - 12) + "\n" * (1 + max(text.count("\n") for text in captions))
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "baseline"}
-            axes[0].annotate(title, (0, 1), (0, 0.4 * font), **place, **style).set_in_layout(False)  # as wide as it is
-        if limits:
-            bar = figure.colorbar(
-                shown, ax=[*axes[: len(chosen)]], ticks=limits, format="%.3g", extend="max", aspect=10, pad=0.01
-            )
-            bar.ax.tick_params(labelsize=font, width=0.05 * font, length=0.3 * font)
+        name = _elided(part.title, (page[0] - left) / em - 1)
+        figure.text(left / page[0], (top - em) / page[1], name, **style)
+        top -= head
+        for row in part.rows:
+            limits = None
+            if row.images.ndim == 3:
+                low, most = row.images.min().item(), torch.quantile(row.images.flatten(), 0.99).item()
+                limits = (low, max(most, low + 1e-6))
+            for column, frame in enumerate(part.frames[i] for i in chosen):
+                axis = frame_at(left + column * (wide + gap), top - line / 2, wide, high)
+                values = row.images[frame] if limits else row.images[frame].permute(1, 2, 0)
+                shown = axis.imshow(values.numpy(), "cividis", clim=limits, aspect="auto")
+                if row is part.rows[0]:
+                    axis.set_title(texts[frame], pad=0.4 * font, **style)
+                if column == 0:
+                    axis.set_ylabel(labels[id(row)], rotation=0, ha="right", va="center", **style)
+            if limits:
+                bar = frame_at(left + len(chosen) * (wide + gap), top - line / 2, 0.6 * em, max(high - em, 1.5 * em))
+                figure.colorbar(shown, bar, ticks=limits, format="%.3g", extend="max")
+                bar.tick_params(labelsize=font, width=0.05 * font, length=0.3 * font)
+            top -= line
     return figure
+
+
+def _height(text: str, em: float) -> float:
+    return 1.3 * em * (text.count("\n") + 1)
 
 
 def _wrapped(text: str, ems: float) -> str:
@@ -164,10 +170,10 @@ def _elided(text: str, ems: float) -> str:
     return text if len(text) <= kept else f"{text[: kept // 2]}…{text[-(kept // 2) :]}"
 
 
-def pixels_of(clip: Tensor) -> Tensor:
+def pixels_of(clip: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """Undo the normalisation of `load_clip`'s clip (1, T, 3, H, W): (T, 3, H, W) in [0, 1]."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (clip[0] * std + mean).clamp(0, 1)
+    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+    return (clip[0].cpu() * scale + shift).clamp(0, 1)
 
 
 def check_out(out: Path, *suffixes: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from video_list import Entry
 
-from everest_tokens.video import dense_indices
+from everest_tokens.video import dense_indices, view_indices
 
 # A video is unreadable where more than this share of the frames asked for doesn't decode; below it, each of them
 # repeats the frame before.
@@ -72,22 +72,8 @@ def frame_numbers(length: int, sampling: Sampling, *, generator: torch.Generator
 
 
 def view_frame_numbers(length: int, sampling: Sampling, clips: int) -> list[list[int]]:
-    """The frames of `clips` temporal views for testing, spread evenly over a video of `length` frames.
-
-    Dense: starts from 0 to the last one that fits (one clip: the middle). Segments: each is divided into `clips` equal
-    parts, and clip c takes the middle of part c.
-    """
-    num_frames, stride = sampling.num_frames, sampling.stride
-    if stride is None:
-        parts = 2 * num_frames * clips
-        return [
-            [(2 * (segment * clips + clip) + 1) * length // parts for segment in range(num_frames)]
-            for clip in range(clips)
-        ]
-    if clips == 1:
-        return [dense_indices(length, num_frames, stride)]
-    last = max(length - (num_frames - 1) * stride - 1, 0)
-    return [dense_indices(length, num_frames, stride, start=clip * last // (clips - 1)) for clip in range(clips)]
+    """The frames of `clips` temporal views for testing (see `view_indices`)."""
+    return view_indices(length, sampling.num_frames, sampling.stride or 0, clips)
 
 
 # --- Training ---

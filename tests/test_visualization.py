@@ -98,10 +98,11 @@ def strips(title: str, label: str, length: int = 4, width: int = 48) -> Part:
     return Part(rows, range(0, 2 * length, 2), [f"frame {i}" for i in range(2 * length)], title)
 
 
-@pytest.mark.parametrize(("width", "font"), [(12.0, 12.0), (6.75, 7.0)])
-@pytest.mark.parametrize("columns", [1, 4, 8, 16])
 @pytest.mark.parametrize("titles", [[""], ["b.mp4", "a $\\frac$ name\nof_" + 60 * "WwwW" + " that goes on" + ".mp4"]])
-@pytest.mark.parametrize("side", [32, 48])
+@pytest.mark.parametrize(
+    ("columns", "width", "font", "side"),
+    [(1, 12.0, 12.0, 48), (4, 6.75, 7.0, 32), (8, 12.0, 12.0, 32), (16, 6.75, 7.0, 48)],
+)
 def test_no_text_leaves_the_page_or_touches_anything(titles, columns, width, font, side):
     figure = draw(
         [strips(title, "running cell (VideoMAE V2)\n1176 of 1568", 16, side) for title in titles],
@@ -145,7 +146,7 @@ def overlap(one, two) -> bool:
 def test_parts_have_titles_and_long_names_lose_their_middle():
     name = "start" + 300 * "m" + "end.mp4"
     figure = draw([strips("x.mp4", "kept"), strips(name, "kept")])
-    shown = [text.get_text().strip() for axis in figure.axes for text in axis.texts]
+    shown = [text.get_text() for text in figure.texts]
     assert shown[0] == "x.mp4"
     assert shown[1].startswith("startm")
     assert shown[1].endswith("mend.mp4")

@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 import everest_tokens as et
-from everest_tokens.cli import patched_model
+from everest_tokens.commands import patched_model
 from everest_tokens.video import load_clip
 from everest_tokens.visualization import (
     WHITE,

@@ -1,0 +1,197 @@
+"""What the commands do, beside what each has a file of its own for."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from everest_tokens.checkpoints import describe_checkpoint, load_videomae
+from everest_tokens.comparing import compare
+from everest_tokens.demo import demo as demo
+from everest_tokens.exporting import export as export_model
+from everest_tokens.patching import patch_videomae, select_tokens
+from everest_tokens.prediction import classify, reading_of
+from everest_tokens.selectors import ReRoSelector
+from everest_tokens.video import load_clip, load_views
+from everest_tokens.visualization import check_out, draw, pixels_of, selection_part
+
+_POSITIONS = {"sinusoid": "VideoMAE's sinusoid", "mvd": "MVD's 3D sin-cos", "stored": "the file's own table"}
+
+
+def visualize(
+    videos: list[Path], out: Path, stride: int, start: list[int] | None, columns: int, **selecting: Any
+) -> None:
+    """Draw a clip of each video; `selecting` are arguments of `patched_model`. See `visualize --help`."""
+    from tqdm import tqdm  # of the demo extra, as matplotlib
+
+    check_out(out, ".png", ".pdf", ".svg")
+    starts: list[Any] = start or [None]
+    if len(starts) not in (1, len(videos)):
+        raise ValueError(f"expected one start, or one for each of {len(videos)} videos, got {len(starts)}")
+    model, parts = patched_model(**selecting), []
+    policy, config = model.everest, model.config
+    policy.frame_sampler = None  # a clip's own frames are drawn, and which of the kept tokens are visible is not
+    policy.visible, policy.mask_ratio = None, 1 - policy.selector.keep_ratio / 2
+    frames = {"num_frames": config.num_frames, "stride": stride, "size": config.image_size}
+    for number, video in enumerate(tqdm(videos, desc="clips", disable=len(videos) == 1)):
+        clip = load_clip(video, start=starts[number % len(starts)], **frames)
+        title = video.name if len(videos) > 1 else ""
+        parts.append(selection_part(pixels_of(clip), {"kept": select_tokens(model, clip)}, title=title))
+    draw(parts, columns=columns).savefig(out)
+    print(f"drawn in {out.resolve()}")
+
+
+def patched_model(
+    model: str | None, keep_ratio: float | None = None, distance: str | None = None, seed: int = 0
+) -> Any:
+    """Load a model and patch it with the settings that it records, else the paper's, to look at what it keeps.
+
+    Args:
+        model: folder or hub id of transformers, or a checkpoint file of the VideoMAE family; None for a ViT-B's tubelet
+            embedding with random weights, without blocks.
+        keep_ratio, distance: in place of the model's own.
+
+    Raises:
+        ValueError: not to be found, or no model that can be patched.
+    """
+    try:
+        if model is None:
+            print("no --model: a ViT-B's tubelet embedding with random weights selects")
+            transformers.set_seed(seed)
+            config = transformers.VideoMAEConfig(num_hidden_layers=0, decoder_num_hidden_layers=0)
+            loaded: Any = transformers.VideoMAEForPreTraining(config)
+        elif Path(model).is_file():
+            loaded = load_videomae(model, for_pretraining=True)
+        else:
+            config = transformers.AutoConfig.from_pretrained(model)
+            kind = (config.architectures or ["VideoMAEModel"])[0]
+            loaded = getattr(transformers, kind).from_pretrained(model)
+        policy = patch_videomae(loaded.eval()).everest
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{model}: {str(error).splitlines()[0]}") from error
+    if distance is not None:
+        policy.selector = ReRoSelector(policy.selector.keep_ratio, distance)
+    if keep_ratio is not None:
+        policy.selector.keep_ratio = keep_ratio
+    return loaded
+
+
+def predict(
+    model: str,
+    videos: list[Path],
+    top: int,
+    views: str,
+    stride: int | None,
+    keep_ratio: float | None,
+    as_json: bool,
+    heatmap: Path | None,
+) -> int:
+    """Print what a classifier says of each video; returns 1 where one couldn't be read. See `predict --help`."""
+    from tqdm import tqdm
+
+    loaded, results = _on_device(patched_model(model, keep_ratio)), []
+    if heatmap is not None:
+        heatmap.mkdir(parents=True, exist_ok=True)
+    for video, result in zip(
+        tqdm(videos, desc="videos", disable=len(videos) == 1),
+        classify(loaded, model, videos, views=views, stride=stride, top=top),
+        strict=True,
+    ):
+        results.append(result)
+        if "problem" in result:
+            print(f"everest-tokens: {result['problem']}", file=sys.stderr)
+            continue
+        if heatmap is not None:
+            reading = reading_of(loaded, model, stride)
+            clip = load_views(video, clips=1, crops=1, **reading).to(loaded.device)
+            look = reading["processor"]
+            pixels = pixels_of(clip) if look is None else pixels_of(clip, look.image_mean, look.image_std)
+            picture = draw([selection_part(pixels, {"kept": select_tokens(loaded, clip)})])
+            picture.savefig(heatmap / f"{'-'.join(video.parts[-2:])}.png")
+        if not as_json:
+            named = ", ".join(f"{label} {score:.3f}" for label, score in result["top"])
+            tqdm.write(f"{video}: {named} ({result['milliseconds']:.0f} ms)")
+    if as_json:
+        print(json.dumps(results, indent=1))
+    return int(any("problem" in result for result in results))
+
+
+def export(model: str, out: Path | None, kind: str, keep_ratio: float | None) -> None:
+    """Write a model as a file that needs no library of ours, and print what came of it. See `export --help`."""
+    about = export_model(patched_model(model, keep_ratio), out or Path(f"everest.{kind}"), kind)
+    for name, value in about.items():
+        print(f"{name:<12}{value}")
+
+
+def benchmark(model: str, keep_ratios: list[float] | None, batch_size: int, repeats: int, training: bool) -> None:
+    """Print what a model costs with all tokens and with fewer, measured in turn. See `benchmark --help`."""
+    from tqdm import tqdm
+
+    loaded = _on_device(patched_model(model))
+    ratios = keep_ratios or [loaded.everest.selector.keep_ratio]
+    with tqdm(total=(len(ratios) + 1) * (repeats + 2), desc="runs", leave=False) as bar:
+        costs = compare(
+            loaded, ratios, batch_size=batch_size, repeats=repeats, training=training, progress=lambda: bar.update()
+        )
+    what, where = "training steps" if training else "forwards", loaded.device
+    print(f"{what} of {batch_size} clip(s) on {where}, medians of {repeats} in turn")
+    print(f"{'':<22}{'clips a second':>15}{'time':>8}{'peak memory':>14}{'ratio':>8}")
+    for cost in costs:
+        name = "all tokens, unpatched" if cost.keep_ratio is None else f"keep ratio {cost.keep_ratio}"
+        memory = f"{cost.peak / 2**20:>10.0f} MiB{cost.peak / costs[0].peak:>8.2f}"
+        print(f"{name:<22}{cost.clips_per_second:>15.2f}{cost.time_ratio:>8.2f}{memory}")
+
+
+def _on_device(model: Any) -> Any:
+    return model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+
+
+def convert(checkpoint: Path, out: Path, **loading: Any) -> None:
+    """Write a checkpoint as a folder; `loading` are arguments of `load_videomae`."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, expected a folder to write into")
+    model = load_videomae(checkpoint, **loading)
+    model.save_pretrained(out)
+    print(f"wrote {type(model).__name__} to {out}")
+
+
+def inspect(checkpoint: Path, **loading: Any) -> None:
+    """Print what a checkpoint is, then what `load_videomae` would make of it."""
+    info = describe_checkpoint(checkpoint, **loading)
+    config = info.model.config
+    side, patch, tubelet = config.image_size, config.patch_size, config.tubelet_size
+    grid = (config.num_frames // tubelet, side // patch, side // patch)
+    positions = _POSITIONS[config.everest["position"]]
+    if config.everest.get("class_token"):
+        positions += ", class token without one"
+    if hasattr(info.model, "decoder"):
+        last = ("decoder", _blocks(config, "decoder_"))
+    else:
+        pooling = "the mean of the tokens" if config.use_mean_pooling else "the first token"
+        last = ("head", f"{config.num_labels} labels on {pooling}")
+    lines = [
+        ("family", info.family),
+        ("encoder", _blocks(config)),
+        ("tubelets", f"{tubelet}×{patch}×{patch}, {config.num_channels} channels"),
+        ("frames", "{} of {}×{}: {}×{}×{} = {} tokens".format(config.num_frames, side, side, *grid, math.prod(grid))),
+        ("positions", positions),
+        ("classifier", f"{info.labels} labels" if info.labels is not None else "none in the file"),
+        ("loaded as", type(info.model).__name__),
+        last,
+        *(("freshly made", part) for part in info.fresh),
+        *(("not loaded", part) for part in info.ignored),
+        *(("assumed", part) for part in info.assumed),
+    ]
+    for name, value in lines:
+        print(f"{name:<18}{value}")
+
+
+def _blocks(config: Any, prefix: str = "") -> str:
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    return "{} blocks, width {}, MLP {}, {} heads".format(*(getattr(config, prefix + name) for name in names))

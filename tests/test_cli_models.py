@@ -1,0 +1,173 @@
+"""`everest-tokens predict`, `export` and `benchmark` on a small fine-tuned folder."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from made_videos import write_video
+from tiny_videomae import build_model
+from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEImageProcessor
+
+import everest_tokens as et
+from everest_tokens import cli, exporting
+from everest_tokens.comparing import compare
+from everest_tokens.exporting import export
+from everest_tokens.video import load_clip, load_views, view_indices
+
+LABELS = ["catch", "throw", "wait"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fine-tuned")
+    model = build_model(VideoMAEForVideoClassification, num_labels=3)
+    model.config.id2label = dict(enumerate(LABELS))
+    model.config.label2id = {label: number for number, label in enumerate(LABELS)}
+    et.patch_videomae(model, et.ReRoSelector(0.5)).save_pretrained(path)
+    height, width = model.config.image_size
+    VideoMAEImageProcessor(
+        size={"shortest_edge": width}, crop_size={"height": height, "width": width}, image_mean=[0.4, 0.5, 0.6]
+    ).save_pretrained(path)
+    (path / "recipe.json").write_text(json.dumps({"stride": 2}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    for part in ("a", "b"):
+        (root / part).mkdir()
+    return [write_video(root / part / "1.mp4", length=length) for part, length in (("a", 40), ("b", 30))]
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def by_hand(folder, clip):
+    model = VideoMAEForVideoClassification.from_pretrained(folder)
+    with torch.no_grad():
+        return et.patch_videomae(model.eval())(clip).logits.softmax(dim=1).mean(dim=0)
+
+
+class TestPredict:
+    def test_labels_scores_and_what_could_not_be_read(self, folder, videos, tmp_path, capsys):
+        (tmp_path / "broken.mp4").write_bytes(b"no video")
+        status, out, err = run(capsys, "predict", folder, videos[0], tmp_path / "broken.mp4", videos[1], "--json")
+        first, broken, second = json.loads(out)
+        assert status == 1
+        assert "broken.mp4" in broken["problem"]
+        assert "broken.mp4" in err
+        processor = VideoMAEImageProcessor.from_pretrained(folder)
+        for video, found in zip(videos, (first, second), strict=True):
+            scores = by_hand(folder, load_clip(video, num_frames=8, stride=2, processor=processor))  # as trained
+            best = scores.argsort(descending=True).tolist()
+            assert found["video"] == str(video)
+            assert [label for label, _ in found["top"]] == [LABELS[number] for number in best]
+            assert found["label"] == LABELS[best[0]]
+            assert found["score"] == pytest.approx(scores.max().item(), abs=2e-6)
+            assert found["milliseconds"] > 0 < found["reading_milliseconds"]
+
+    def test_views_are_averaged(self, folder, videos, capsys):
+        status, out, _ = run(capsys, "predict", folder, videos[0], "--views", "2x3", "--top", 1, "--json")
+        processor = VideoMAEImageProcessor.from_pretrained(folder)
+        views = load_views(videos[0], clips=2, crops=3, num_frames=8, stride=2, processor=processor)
+        assert status == 0
+        assert len(views) == 6
+        [found] = json.loads(out)
+        assert found["top"] == [[found["label"], found["score"]]]
+        assert found["score"] == pytest.approx(by_hand(folder, views).max().item(), abs=2e-6)
+
+    def test_lines_for_a_reader_and_pictures(self, folder, videos, tmp_path, capsys):
+        status, out, _ = run(capsys, "predict", folder, *videos, "--heatmap", tmp_path / "drawn")
+        assert status == 0
+        assert all(re.search(rf"{video}: \w+ 0\.\d+, .* \(\d+ ms\)", out) for video in videos)
+        assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"a-1.mp4.png", "b-1.mp4.png"}
+
+    @pytest.mark.parametrize("option", [("--views", "0x3"), ("--views", "5x2"), ("--top", 0), ("--stride", -1)])
+    def test_settings_that_can_not_be(self, folder, videos, option, capsys):
+        status, out, err = run(capsys, "predict", folder, videos[0], *option)
+        assert (status, out) == (2, "")
+        assert str(option[0]).strip("-") in err
+
+
+def test_views_of_segments_take_each_frame_in_turn():
+    assert view_indices(12, 3, 0, 2) == [[1, 5, 9], [3, 7, 11]]
+    assert view_indices(12, 3, 0, 1) == [[2, 6, 10]]
+    assert view_indices(20, 3, 4, 3) == [[0, 4, 8], [5, 9, 13], [11, 15, 19]]
+
+
+class TestExport:
+    def test_a_program_for_any_number_of_clips(self, folder, tmp_path, capsys):
+        status, out, _ = run(capsys, "export", folder, "--out", tmp_path / "model.pt2")
+        assert status == 0
+        assert re.search(r"difference +\d\.\de-\d\d of the largest output", out)
+        clips = torch.randn(3, 8, 3, 48, 64)
+        exported = torch.export.load(tmp_path / "model.pt2").module()(clips)
+        assert torch.allclose(exported.softmax(dim=1).mean(dim=0), by_hand(folder, clips), atol=1e-5)
+        assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+    def test_onnx(self, folder, tmp_path, capsys):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        status, out, _ = run(capsys, "export", folder, "--format", "onnx", "--out", tmp_path / "model.onnx")
+        assert status == 0
+        assert re.search(r"opset \d+", out)
+        clips = torch.randn(3, 8, 3, 48, 64)
+        [scores] = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"clips": clips.numpy()})
+        assert torch.allclose(torch.from_numpy(scores).softmax(dim=1).mean(dim=0), by_hand(folder, clips), atol=1e-5)
+
+    def test_what_can_not_be_expressed_is_named_and_nothing_is_left(self, folder, tmp_path):
+        pytest.importorskip("onnxruntime")
+        model = VideoMAEForVideoClassification.from_pretrained(folder)
+        et.patch_videomae(model.eval(), et.ReRoSelector(0.5, lambda a, b: torch.special.bessel_j0(a - b).sum(-1)))
+        with pytest.raises(ValueError, match="bessel_j0"):
+            export(model, tmp_path / "model.onnx", "onnx")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_file_with_other_numbers_is_not_kept(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+        model = et.patch_videomae(VideoMAEForVideoClassification.from_pretrained(folder).eval())
+        with pytest.raises(ValueError, match="would differ"):
+            export(model, tmp_path / "model.pt2", "pt2")
+        assert not list(tmp_path.iterdir())
+
+    def test_models_that_draw_are_refused(self, tmp_path):
+        drawing = et.patch_videomae(build_model(VideoMAEForVideoClassification), et.RandomSelector(0.5))
+        for model in (et.patch_videomae(build_model(VideoMAEForPreTraining)), drawing):
+            with pytest.raises(ValueError, match="random"):
+                export(model, tmp_path / "model.pt2", "pt2")
+
+
+class TestBenchmark:
+    @pytest.mark.parametrize("training", [False, True])
+    def test_fewer_tokens_take_less_memory(self, folder, training, capsys):
+        options = ["--training"] * training
+        status, out, _ = run(capsys, "benchmark", folder, "--keep-ratios", 0.25, 0.5, "--repeats", 2, *options)
+        rows = re.findall(r"(unpatched|[\d.]+) +([\d.]+) +([\d.]+) +(\d+) MiB +([\d.]+)$", out, re.MULTILINE)
+        assert status == 0
+        assert [row[0] for row in rows] == ["unpatched", "0.25", "0.5"]
+        assert float(rows[0][2]) == float(rows[0][4]) == 1
+
+    def test_the_weights_are_shared_and_stay(self, folder):
+        model = et.patch_videomae(VideoMAEForVideoClassification.from_pretrained(folder).eval())
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        costs = compare(model, [0.25, 1.0], repeats=1, training=True)
+        assert [cost.keep_ratio for cost in costs] == [None, 0.25, 1.0]
+        assert costs[1].peak < costs[2].peak
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert model.everest.selector.keep_ratio == 0.5
+
+    def test_bad_settings_and_pre_training_models(self, folder):
+        model = et.patch_videomae(build_model(VideoMAEForVideoClassification))
+        for settings in ({"batch_size": 0}, {"repeats": 0}):
+            with pytest.raises(ValueError, match=next(iter(settings))):
+                compare(model, [0.5], **settings)
+        with pytest.raises(ValueError, match="keep_ratio"):
+            compare(model, [1.5])
+        with pytest.raises(ValueError, match="pre-training"):
+            compare(et.patch_videomae(build_model(VideoMAEForPreTraining)), [0.5])
