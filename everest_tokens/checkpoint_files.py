@@ -11,6 +11,7 @@ import io
 import math
 import pickletools
 import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +43,7 @@ def read_file(path: Path) -> tuple[Tensors, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return _checked(load_file(path), path.stat().st_size)
         _check_pickles(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -89,9 +90,29 @@ def _check_pickles(path: Path) -> None:
             records = archive.infolist()
             if sum(record.file_size for record in records) > path.stat().st_size:
                 raise ValueError("its records are compressed or overlap, expected them stored one after the other")
+            if archive.start_dir != _stated_directory(file):
+                raise ValueError(
+                    "its directory isn't where the archive says: torch would read another one than zipfile"
+                )
             for record in records:
                 if record.filename.lower().endswith(".pkl"):  # as torch looks for it
                     _check_pickle(io.BytesIO(archive.read(record)))
+
+
+def _stated_directory(file: IO[bytes]) -> int:
+    """Read where a zip archive says that its directory begins: -1 for an end that torch.save doesn't write.
+
+    zipfile forgives a wrong statement, torch believes it.
+    """
+    length = file.seek(0, io.SEEK_END)
+    file.seek(length - 98)
+    directory64, at64, end, directory, comment = struct.unpack("<48xQ8xQ4x4s12xIH", file.read())
+    if end != b"PK\x05\x06" or comment:
+        return -1
+    file.seek(length - 42)
+    if file.read(4) != b"PK\x06\x07":
+        return directory
+    return directory64 if at64 == length - 98 else -1
 
 
 def _check_pickle(stream: IO[bytes]) -> None:
@@ -109,7 +130,8 @@ def _check_pickle(stream: IO[bytes]) -> None:
         if opcode.name == "BINUNICODE":
             text = str(argument)[:80]
         elif "GLOBAL" in opcode.name and not _ADMITTED.fullmatch(str(argument)):
-            name = (argument or "a global").replace("__builtin__", "builtins").replace(" ", ".")
+            name = str(argument or "a name of pickle's protocol 4").replace("__builtin__ ", "builtins.")
+            name = re.sub(r"^(\S+) (\S+)$", r"\1.\2", name)
             raise ValueError(
                 f"{name} is wanted for what follows {text!r}, expected plain tensors, numbers and text. If you trust "
                 "where the file comes from, load it there, in the repository that wrote it, and save its tensors alone:"

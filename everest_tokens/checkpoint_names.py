@@ -86,8 +86,11 @@ def family_of(weights: Tensors, arguments: dict[str, Any], family: str | None) -
 
 
 def finite(name: str, tensor: Tensor) -> Tensor:
-    """Copy a tensor in float32. Raises ValueError for numbers that aren't finite."""
-    copied = tensor.detach().to(torch.float32, copy=True).contiguous()
+    """Copy a tensor in float32. Raises ValueError for numbers that aren't finite or can't become float32."""
+    try:
+        copied = tensor.detach().to(torch.float32, copy=True).contiguous()
+    except RuntimeError as error:  # four-bit floats, two in a byte
+        raise ValueError(f"{name} holds {tensor.dtype}, which torch can't convert to float32") from error
     if not torch.stack(copied.aminmax()).isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite numbers, expected finite ones in float32")
     return copied

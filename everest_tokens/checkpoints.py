@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 FAMILIES = ("videomae", "videomaev2", "mme", "mvd", "everest")
 _MOST_TOKENS = 2**16  # of a clip, 256 frames of 256² and more
 _MOST_BLOCKS = 128  # the family's deepest encoder has 40
+_MOST_LABELS = 2**17  # transformers' config names each
 
 
 class _Default(int):
@@ -124,6 +125,8 @@ def describe_checkpoint(
         raise ValueError("the pixel decoder was asked for: it goes neither with num_labels nor with mvd or a cls_token")
 
     labels = _rows(weights, "head.weight")
+    if max(labels, num_labels or 0) > _MOST_LABELS:
+        raise ValueError(f"a classifier of {max(labels, num_labels or 0)} labels: expected at most {_MOST_LABELS}")
     pools = not labels or any(name.startswith("fc_norm.") for name in weights)
     absent = OTHER_TARGETS | ({} if decodes else DECODER)
     if pools and not decodes:  # as VideoMAE's own fine-tuning drops it
