@@ -67,13 +67,9 @@ def equip(
     Raises:
         ValueError: a tensor that is needed is missing or doesn't fit.
     """
-    config, embeddings = model.config, model.base_model.embeddings
+    config, embeddings, norm = model.config, model.base_model.embeddings, own_norm(model)
     patches, channels = embeddings.patch_embeddings, config.hidden_size
     position, class_token = numbers.get("position", "sinusoid"), bool(numbers.get("class_token"))
-    norm = own_norm(model)
-    eps = numbers.get("norm_eps", NORM_EPS if norm is None else norm.eps)
-    if position == "sinusoid" and not class_token and (norm is None or norm.eps == eps):
-        return  # transformers' own
     if tensors is None:
         tensors = _tensors_beside(model) if position == "stored" or class_token else {}
     table = token = None
@@ -86,7 +82,7 @@ def equip(
         token = _fitting(tensors, "class_token", (1, 1, channels))
 
     if norm is not None:  # nothing fails from here on
-        norm.eps = eps
+        norm.eps = numbers.get("norm_eps", norm.eps)
     if table is not None:
         embeddings.position_embeddings = table[None]
     if token is not None:
@@ -164,14 +160,9 @@ def _save_pretrained(
 
 
 def _tensors_beside(model: original.VideoMAEPreTrainedModel) -> dict[str, Tensor]:
-    source, commit = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
+    commit = getattr(model.config, "_commit_hash", None)  # of a hub's
     try:
-        if not source:
-            raise FileNotFoundError("the model doesn't come from a folder")
-        path = Path(source, TENSORS_FILE)
-        if commit is not None:  # from a hub
-            path = Path(cached_file(source, TENSORS_FILE, _commit_hash=commit, revision=commit))
-        return load_file(path)
+        return load_file(cached_file(model.config.name_or_path, TENSORS_FILE, _commit_hash=commit, revision=commit))
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"config.everest says that this model needs {TENSORS_FILE}: load it from the folder that save_pretrained or"

@@ -39,25 +39,25 @@ class ConstantTable:
 
 
 def sinusoid_table(tokens: int, width: int) -> Tensor:
-    """Compute VideoMAE's, over the flat index of the token, (tokens, width) float32.
+    """Compute VideoMAE's over the flat index n of the token, (tokens, width) float32.
 
-    Channels 2i and 2i + 1 are the sine and the cosine of index · 10000^(−2i/width).
+    Channels 2i and 2i + 1 are the sine and the cosine of n · 10000^(−2i/width).
     """
-    frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-    angle = torch.arange(tokens, dtype=torch.float64, device="cpu")[:, None] * frequency
-    table = torch.empty(tokens, width, dtype=torch.float32, device="cpu")
-    table[:, 0::2] = angle.sin()
-    table[:, 1::2] = angle[:, : width // 2].cos_()
-    return table
+    angle = _angles(tokens, width)
+    return torch.stack([angle.sin().float(), angle.cos().float()], dim=2).flatten(1)[:, :width]
 
 
 def sincos_table(positions: int, width: int) -> Tensor:
     """Compute [sin(p·ω), cos(p·ω)] with ω_i = 10000^(−i/(width/2)), i < width/2, (positions, width) float32."""
     if width % 2:
         raise ValueError(f"a sin-cos table needs an even width, got {width}")
-    frequency = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2))
-    angle = torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequency
+    angle = _angles(positions, width)
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def _angles(positions: int, width: int) -> Tensor:
+    frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    return torch.arange(positions, dtype=torch.float64, device="cpu")[:, None] * frequency
 
 
 def mvd_table(grid: Grid, width: int) -> Tensor:

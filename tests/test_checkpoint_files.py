@@ -5,6 +5,7 @@ Where memory counts, a forked child loads the file and tells by how much it grew
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -20,10 +21,10 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import MMEPreTrainingModel, randomize
+from checkpoint_case import PIXELS, SIZES, SMALL, Call, assert_classifies, fine_tuned, pre_trained, write
+from family_models import FineTuningModel, MMEPreTrainingModel, randomize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoints import PIXELS, SIZES, SMALL, assert_classifies, fine_tuned, pre_trained, write
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
@@ -93,16 +94,6 @@ def in_a_child(path: Any, **kwargs: Any) -> tuple[str, float]:
     return tuple(json.loads(told or '["killed", 1e99]'))
 
 
-class Call:
-    """Unpickles into a call."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.call
-
-
 def last(name: str) -> str:
     """Of a key: what must be told, whatever prefix was stripped."""
     return ".".join(name.split(".")[-2:])
@@ -110,6 +101,7 @@ def last(name: str) -> str:
 
 STORED = fine_tuned(use_learnable_pos_emb=True, init_values=0.1).state_dict()
 DECODING = pre_trained(init_values=0.1).state_dict()
+ENOUGH = re.compile(r"(?<!decoder\.)blocks\.1\.")  # what one block shows needs no second
 
 
 class TestSizes:
@@ -119,16 +111,14 @@ class TestSizes:
             (Namespace(num_frames=200_000), {}),
             (Namespace(input_size=80_000), {}),
             (Namespace(num_frames=64, num_segments=99_999), {}),
-            ({"num_frames": 999_998, "input_size": 999_992}, {}),
             (None, {"num_frames": 8, "image_size": 80_000}),
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("pretraining", [False, True])
-    def test_clips_beyond_reason(self, tmp_path, args, given, pretraining):
+    def test_clips_beyond_reason(self, tmp_path, args, given):
         """The old loader computed a table of as many rows, in Python."""
-        path = write(tmp_path / "w.pth", pre_trained() if pretraining else fine_tuned(), args=args)
-        message = refused(path, for_pretraining=pretraining, **UNSAID | given | {"num_heads": (2, 3)})
+        path = write(tmp_path / "w.pth", DECODING, args=args)
+        message = refused(path, **PIXELS | UNSAID | given)
         assert re.search(r"num_frames=\d+ and image_size=\d+.* \d+ tokens.*at most", message), message
 
     @pytest.mark.parametrize("args", [{"num_frames": 10**30, "input_size": -3, "model": ["x"]}, {"num_frames": "8"}])
@@ -140,8 +130,6 @@ class TestSizes:
         ("name", "shape"),
         [
             ("patch_embed.proj.weight", (32, 3, 2, 0, 0)),
-            ("patch_embed.proj.weight", (32, 3, 0, 8, 8)),
-            ("patch_embed.proj.weight", (32, 0, 2, 8, 8)),
             ("patch_embed.proj.weight", (0, 3, 2, 8, 8)),
             ("patch_embed.proj.weight", (32, 3, 0, 0)),
             ("pos_embed", (1, 0, 32)),
@@ -149,21 +137,28 @@ class TestSizes:
             ("blocks.0.mlp.fc1.weight", (0, 32)),
         ],
     )
-    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    def test_nothing_of_size_zero(self, tmp_path, name, shape, suffix):
-        message = refused(write(tmp_path / f"w{suffix}", STORED | {name: torch.zeros(shape)}))
-        assert f"{name} has shape {shape}" in message
+    def test_nothing_of_size_zero(self, tmp_path, name, shape):
+        for file in ("w.pth", "w.safetensors"):
+            assert f"{name} has shape {shape}" in refused(write(tmp_path / file, STORED | {name: torch.zeros(shape)}))
+
+    def test_more_labels_than_a_config_names(self, tmp_path):
+        many = {"head.weight": torch.ones(200_000, 1), "head.bias": torch.ones(200_000)}
+        assert "200000 labels" in refused(write(tmp_path / "w.pth", STORED | many))
+        assert "1000000000000 labels" in refused(write(tmp_path / "w.pth", STORED), num_labels=10**12)
 
     @pytest.mark.parametrize("sizes", [{"num_frames": 1}, {"num_frames": 0}, {"image_size": 4}, {"image_size": -24}])
-    @pytest.mark.parametrize("learned", [False, True])
-    def test_sizes_without_a_token(self, tmp_path, sizes, learned):
-        path = write(tmp_path / "w.pth", fine_tuned(use_learnable_pos_emb=learned))
-        assert next(iter(sizes)) in refused(path, **sizes)
+    def test_sizes_without_a_token(self, tmp_path, sizes):
+        for learned in (False, True):
+            path = write(tmp_path / "w.pth", fine_tuned(use_learnable_pos_emb=learned))
+            assert next(iter(sizes)) in refused(path, **sizes)
 
-    @pytest.mark.parametrize("number", [128, 9_999, 10**8, 10**30])
-    def test_more_blocks_than_any_model(self, tmp_path, number):
-        state = fine_tuned().state_dict() | {f"blocks.{number}.norm1.weight": torch.ones(32)}
-        assert re.search(r"blocks\.", refused(write(tmp_path / "w.pth", state)))
+    @pytest.mark.parametrize("numbers", [[128], [10**8], [10**30], range(2, 1_000)], ids=repr)
+    def test_more_blocks_than_any_model(self, tmp_path, numbers):
+        state = fine_tuned().state_dict() | {f"blocks.{number}.norm1.weight": torch.ones(32) for number in numbers}
+        assert "blocks." in refused(write(tmp_path / "w.pth", state))
+
+
+FOUR_BITS = getattr(torch, "float4_e2m1fn_x2", torch.int8)  # since 2.8
 
 
 def nested(value: Any, **kwargs: Any) -> Any:
@@ -171,7 +166,7 @@ def nested(value: Any, **kwargs: Any) -> Any:
 
 
 class TestTensors:
-    @pytest.mark.parametrize("name", ["blocks.0.attn.proj.weight", "head.weight", "patch_embed.proj.bias", "pos_embed"])
+    @pytest.mark.parametrize("name", ["head.weight", "pos_embed"])
     @pytest.mark.parametrize(
         "convert",
         [
@@ -183,23 +178,24 @@ class TestTensors:
             pytest.param(lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), id="quantised"),
             pytest.param(lambda value: value.to(torch.complex64), id="complex"),
             pytest.param(lambda value: value.int(), id="integer"),
+            pytest.param(lambda value: value.new_zeros(8, dtype=torch.uint8).view(FOUR_BITS), id="four bits"),
         ],
     )
     def test_of_plain_numbers_alone(self, tmp_path, name, convert):
         message = refused(write(tmp_path / "w.pth", STORED | {name: convert(STORED[name].detach())}))
         assert name in message
-        assert "expected" in message
+        assert re.search("expected|can't convert to float32", message)
 
-    @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("name", sorted({re.sub("blocks.0", "blocks.1", name) for name in STORED}))
-    def test_finite_numbers_alone(self, tmp_path, name, wrong):
-        value = STORED[name].detach().clone()
-        value.view(-1)[-1] = wrong
-        assert refused(write(tmp_path / "w.pth", STORED | {name: value})).startswith(f"{name} holds NaN or infinite")
+    def test_finite_numbers_alone(self, tmp_path, name):
+        for file, wrong in (("w.pth", float("nan")), ("w.safetensors", -float("inf"))):
+            value = STORED[name].detach().clone()
+            value.view(-1)[-1] = wrong
+            message = refused(write(tmp_path / file, STORED | {name: value}))
+            assert message.startswith(f"{name} holds NaN or infinite")
 
     def test_the_first_that_is_not_finite_is_named(self, tmp_path):
-        names = ["blocks.1.mlp.fc2.weight", "blocks.0.norm1.weight"]
-        state = STORED | {name: STORED[name] / 0 for name in names}
+        state = STORED | {name: STORED[name] / 0 for name in ("head.weight", "blocks.0.norm1.weight")}
         assert refused(write(tmp_path / "w.pth", state)).startswith("blocks.0.norm1.weight")  # first in the file
 
     @pytest.mark.parametrize("name", ["decoder.head.bias", "mask_token", "encoder_to_decoder.weight"])
@@ -227,15 +223,15 @@ class TestKeysAndShapes:
         with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
             et.load_videomae(tmp_path / "nowhere.pth")
 
-    @pytest.mark.parametrize("pretraining", [False, True])
-    def test_cosine_attention(self, tmp_path, pretraining):
-        path = write(tmp_path / "w.pth", (pre_trained if pretraining else fine_tuned)("videomaev2", cos_attn=True))
-        assert re.search(r"attn\.scale.*cosine", refused(path, for_pretraining=pretraining))
+    @pytest.mark.parametrize("build", [fine_tuned, pre_trained])
+    def test_cosine_attention(self, tmp_path, build):
+        path = write(tmp_path / "w.pth", build("videomaev2", cos_attn=True))
+        assert re.search(r"attn\.scale.*cosine", refused(path, **PIXELS))
 
     @pytest.mark.parametrize(("pretraining", "labels"), [(False, None), (False, 7), (True, None)])
     def test_every_key_is_needed(self, tmp_path, pretraining, labels):
         state, unnamed = DECODING if pretraining else fine_tuned(init_values=0.1).state_dict(), {}
-        for name in state:
+        for name in itertools.filterfalse(ENOUGH.search, state):
             path = write(tmp_path / "w.pth", {other: value for other, value in state.items() if other != name})
             message = refused(path, for_pretraining=pretraining, num_labels=labels, num_heads=(2, 3))
             if labels and name.startswith("head.") and not message:  # not needed then
@@ -247,9 +243,7 @@ class TestKeysAndShapes:
     def test_all_missing_keys_are_listed(self, tmp_path):
         state = fine_tuned(depth=4).state_dict()
         gone = ["blocks.1.attn.proj.bias", "blocks.2.norm1.weight", "blocks.0.mlp.fc2.bias"]
-        message = refused(
-            write(tmp_path / "w.pth", {n: v for n, v in state.items() if n not in gone and "blocks.3" not in n})
-        )
+        message = refused(write(tmp_path / "w.pth", {n: v for n, v in state.items() if n not in gone}))
         assert all(name in message for name in gone), message
         whole = {name: value for name, value in state.items() if not name.startswith("blocks.1.")}
         assert "blocks.1." in refused(write(tmp_path / "w.pth", whole))
@@ -267,9 +261,9 @@ class TestKeysAndShapes:
             "one": lambda value: value.flatten()[:1],  # which broadcasts
         }[change]
         unsaid = {}
-        for name, value in state.items():
-            wrong = distort(value).clone()
-            if wrong.shape == value.shape or not wrong.numel():  # flat already; the mask token has one row
+        for name in itertools.filterfalse(ENOUGH.search, state):
+            wrong = distort(state[name]).clone()
+            if wrong.shape == state[name].shape or not wrong.numel():  # flat already; the mask token has one row
                 continue
             message = refused(
                 write(tmp_path / "w.pth", state | {name: wrong}), **PIXELS | {"for_pretraining": pretraining}
@@ -295,13 +289,12 @@ class TestKeysAndShapes:
             "blocks.0.mlp.gamma_1",
         ],
     )
-    @pytest.mark.parametrize("prefix", ["", "backbone."])
-    def test_keys_that_nothing_uses(self, tmp_path, added, prefix):
+    def test_keys_that_nothing_uses(self, tmp_path, added):
         """Names of transformers' own among them, and biases that are there twice."""
-        state = {prefix + name: value for name, value in fine_tuned().state_dict().items()}
-        shape = (96,) if "qkv" in added else (32,)
-        message = refused(write(tmp_path / "w.pth", state | {prefix + added: torch.ones(shape)}))
-        assert last(added) in message
+        for prefix in ("", "backbone."):
+            state = {prefix + name: value for name, value in fine_tuned().state_dict().items()}
+            more = {prefix + added: torch.ones(96 if "qkv" in added else 32)}
+            assert last(added) in refused(write(tmp_path / "w.pth", state | more))
 
     @pytest.mark.parametrize(
         ("name", "shape"),
@@ -312,11 +305,11 @@ class TestKeysAndShapes:
         message = refused(write(tmp_path / "w.pth", DECODING | {name: torch.randn(shape)}), **PIXELS)
         assert name.removeprefix("encoder.") in message
 
-    @pytest.mark.parametrize("biased", ["encoder", "decoder"])
-    def test_query_biases_in_one_half_alone(self, tmp_path, biased):
+    def test_query_biases_in_one_half_alone(self, tmp_path):
         """transformers has one setting for both."""
-        state = {name: v for name, v in DECODING.items() if not re.search("[qv]_bias", name) or name.startswith(biased)}
-        assert "_bias" in refused(write(tmp_path / "w.pth", state), **PIXELS)
+        for half in ("encoder", "decoder"):
+            state = {n: v for n, v in DECODING.items() if not re.search("[qv]_bias", n) or n.startswith(half)}
+            assert "_bias" in refused(write(tmp_path / "w.pth", state), **PIXELS)
 
     @pytest.mark.parametrize("rows", [20, 97])
     def test_a_decoder_of_other_things_than_pixels(self, tmp_path, rows):
@@ -328,7 +321,7 @@ class TestKeysAndShapes:
         path = write(tmp_path / "w.pth", randomize(MMEPreTrainingModel(**SMALL)))
         assert "mme" in refused(path, family="mvd", num_labels=3)
 
-    @pytest.mark.parametrize("name", fine_tuned().state_dict())
+    @pytest.mark.parametrize("name", [*itertools.filterfalse(ENOUGH.search, fine_tuned().state_dict())])
     def test_a_key_without_the_prefix_of_the_others(self, tmp_path, name):
         reference = fine_tuned()
         state = {key if key == name else f"encoder.{key}": value for key, value in reference.state_dict().items()}
@@ -355,7 +348,7 @@ class TestContents:
         assert 0 < len(refused(tmp_path / "w.pth")) < 500
 
     @pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"not a checkpoint\n" * 100, b"\x80\x02.", b"\x80"])
-    @pytest.mark.parametrize("name", ["w.pth", "w.bin", "w.safetensors"])
+    @pytest.mark.parametrize("name", ["w.pth", "w.bin", "w.SAFETENSORS"])
     def test_what_is_no_file_of_tensors(self, tmp_path, content, name):
         (tmp_path / name).write_bytes(content)
         assert refused(tmp_path / name)
@@ -385,7 +378,7 @@ PLACES = {
 
 class TestPickles:
     @pytest.mark.parametrize("place", PLACES)
-    @pytest.mark.parametrize("how", ["zip", "legacy", "plain pickle"])
+    @pytest.mark.parametrize("how", ["zip", "capitals", "legacy", "plain pickle"])
     def test_a_payload_never_runs(self, tmp_path, place, how):
         marker, path = tmp_path / "ran", tmp_path / "w.pth"
         payload = Call(os.system, f'echo > "{marker}"')
@@ -393,7 +386,9 @@ class TestPickles:
         if how == "plain pickle":
             path.write_bytes(pickle.dumps(content))
         else:
-            torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+            torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
+        if how == "capitals":  # torch looks for the record in either case
+            rezipped(path, name=lambda name: name.replace("data.pkl", "DATA.PKL"))
         message = refused(path)
         assert not marker.exists()
         assert message
@@ -402,6 +397,20 @@ class TestPickles:
             assert re.search(r"safetensors|torch\.save|state_dict", message), message  # how to convert
             torch.load(path, weights_only=False)
             assert marker.exists()
+
+    def test_a_directory_that_readers_find_in_two_places(self, tmp_path):
+        """zipfile looks right before the archive's end, torch where the end says: there was another pickle there."""
+        good, evil = write(tmp_path / "good.pth", fine_tuned()), tmp_path / "evil.pth"
+        torch.save({"model": Call(bytearray, 1 << 30)}, evil)
+        evil.write_bytes(evil.read_bytes() + good.read_bytes())
+        assert zipfile.ZipFile(evil).namelist() == zipfile.ZipFile(good).namelist()
+        assert "directory" in refused(evil)
+        for place in (-34, -26 - 56, -1):  # where the locator, the 64-bit end and a comment are said to be
+            content = bytearray(good.read_bytes())
+            content[place] ^= 1
+            evil.write_bytes(content)
+            assert refused(evil)
+        assert not refused(rezipped(good))  # a directory of 32 bits
 
     def test_a_whole_module_is_named(self, tmp_path):
         torch.save(fine_tuned(), tmp_path / "w.pth")
@@ -425,13 +434,13 @@ class TestPickles:
         assert set(torch.serialization.get_safe_globals()) == before  # the allowance for arguments ends with the load
 
 
-def rezipped(path: Any, change: Any = bytes, how: int = zipfile.ZIP_STORED) -> Any:
-    """A `torch.save` file with its pickle changed, or its records compressed."""
+def rezipped(path: Any, change: Any = bytes, how: int = zipfile.ZIP_STORED, name: Any = str) -> Any:
+    """A `torch.save` file with its pickle changed, its records compressed or renamed."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", how) as archive:
-        for name, content in records.items():
-            archive.writestr(name, change(content) if name.endswith("data.pkl") else content)
+        for record, content in records.items():
+            archive.writestr(name(record), change(content) if record.endswith("data.pkl") else content)
     return path
 
 
@@ -460,7 +469,7 @@ def bomb(name: str, path: Any) -> None:
         block = {key: value for key, value in state.items() if key.startswith("blocks.0.")}
         state |= {key.replace(".0.", f".{n}.", 1): value for n in range(100) for key, value in block.items()}
     elif kind == "compressed":
-        state["head.weight"] = torch.zeros(1 << 21, 32)
+        state["head.weight"] = torch.zeros(1 << 20, 32)  # 134 MB
     torch.save({"args": {}, "model": state}, path, _use_new_zipfile_serialization=zipped)
     if kind == "compressed":
         rezipped(path, how=zipfile.ZIP_DEFLATED)
@@ -491,10 +500,11 @@ class TestSmallFilesThatAskForMuch:
         assert not re.match(r"\w*Error|TooLong|killed", said), said
         assert grown <= 2 * path.stat().st_size + SLACK
 
-    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(("suffix", "dtype"), [(".pth", torch.float64), (".safetensors", torch.float32)])
     def test_a_good_file_takes_twice_its_size(self, tmp_path, suffix, dtype):
-        state = fine_tuned(embed_dim=1024, num_heads=2, depth=3, mlp_ratio=4.0).to(dtype).state_dict()  # 150 MB
+        with torch.device("meta"):
+            shapes = FineTuningModel(**SMALL | {"embed_dim": 1024, "depth": 3, "mlp_ratio": 4.0}).state_dict()
+        state = {name: torch.ones(value.shape, dtype=dtype) for name, value in shapes.items()}  # 150 or 300 MB
         path = write(tmp_path / f"w{suffix}", state)
         del state
         said, grown = in_a_child(path, seconds=20)
@@ -534,9 +544,10 @@ NAMED = [
     "builtins.eval",
     "builtins.getattr",
     "builtins.bytearray",
+    "os.mkdir",
     "torch.load",
     "torch.Size",
-    "os.mkdir",
+    "torch.bool",
     "torch.FloatStorage",
     "torch._utils._rebuild_tensor_v2",
     "torch.storage.UntypedStorage",
@@ -544,7 +555,6 @@ NAMED = [
     "collections.OrderedDict",
     "collections.Counter",
     "__builtin__.set",
-    "torch.bool",
 ]
 FRAGMENTS = st.one_of(
     st.sampled_from([bytes([code]) for code in b"()]}t\x85\x86RbsuaeQN.\x81\x93oi021\x8f\x94"]),  # some not torch's
@@ -584,7 +594,7 @@ class TestFuzzed:
         path.write_bytes(beginning + good[cut:])
         assert_refused_or_whole(path)
 
-    @settings(max_examples=200)
+    @settings(max_examples=150)
     @given(st.lists(st.tuples(st.integers(0, 10**6), st.lists(FRAGMENTS, max_size=6)), min_size=1, max_size=3))
     def test_odd_pickles(self, broken, changes):
         """Opcodes put anywhere between those of a good file."""

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import MVDPreTrainingModel, randomize
-from test_checkpoint_files import Call
-from test_checkpoints import (
+from checkpoint_case import (
     MVD_ARGS,
     SMALL,
+    Call,
     assert_classifies,
     assert_replays,
     clips_for,
@@ -22,6 +21,7 @@ from test_checkpoints import (
     pre_trained,
     write,
 )
+from family_models import MVDPreTrainingModel, randomize
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
