@@ -15,14 +15,11 @@ import timm
 import torch
 import torch.distributed as dist
 import transformers
+from processes import world_size
 
 import everest_tokens as et
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def cpu_name() -> str:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from motion_clips import TEST_PHOTOS, Task, make_clips, photographs
+from step_rows import NAMES, clips, memory_of
+from table_text import Row
 from torch import Tensor
 
 import everest_tokens as et
 from everest_tokens.visualization import draw, selection_part
 
-Row = dict[str, Any]
 # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each for print.
 STYLES = {
-    "rero": ("#0072B2", "o", "EVEREST (ReRo)"),
-    "random": ("#E69F00", "s", "random (ST-MAE)"),
-    "tube": ("#009E73", "^", "tube (VideoMAE)"),
-    "running cell": ("#CC79A7", "D", "running cell (V2)"),
-    "ascending": ("#56B4E9", "v", "least changed"),
-    "all tokens": ("#000000", "*", "all tokens"),
-    "videomae": ("#000000", "*", "VideoMAE, 90 % tube"),
-    "paper": ("#D55E00", "x", "the paper's figure"),
+    "rero": ("#0072B2", "o"),
+    "random": ("#E69F00", "s"),
+    "tube": ("#009E73", "^"),
+    "running cell": ("#CC79A7", "D"),
+    "ascending": ("#56B4E9", "v"),
+    "all tokens": ("#000000", "*"),
+    "videomae": ("#000000", "*"),
+    "paper": ("#D55E00", "x"),
 }
 PHASES = ("pre-training", "fine-tuning", "inference")  # as panels stand
 BASELINE = "0.55"  # of bars: a grey
@@ -45,8 +46,8 @@ def panels(count: int, caption: str, height: float = 3.6) -> tuple[Figure, list[
 
 def plot(axis: Axes, method: str, xs: Sequence[float], ys: Sequence[float], **more: Any) -> None:
     """A method's points, joined, in its own colour and marker."""
-    colour, marker, label = STYLES[method]
-    more = {"markersize": 10 if marker == "*" else 6, "linewidth": 1.6, "label": label} | more
+    colour, marker = STYLES[method]
+    more = {"markersize": 10 if marker == "*" else 6, "linewidth": 1.6, "label": NAMES[method]} | more
     axis.plot(xs, ys, color=colour, marker=marker, **more)
 
 
@@ -56,7 +57,7 @@ def bars(axis: Axes, groups: Sequence[str], series: dict[str, Sequence[float]], 
     for place, (method, values) in enumerate(series.items()):
         at = [i + (place - (len(series) - 1) / 2) * width for i in range(len(groups))]
         colour = STYLES[method][0] if method == "rero" else BASELINE
-        drawn = axis.bar(at, values, width * 0.92, color=colour, label=STYLES[method][2])
+        drawn = axis.bar(at, values, width * 0.92, color=colour, label=NAMES[method])
         axis.bar_label(drawn, [format(value, digits) for value in values], fontsize=8, padding=2)
     axis.set_xticks(range(len(groups)), groups)
     axis.margins(y=0.35)  # the legend stands above the bars
@@ -74,30 +75,17 @@ def gflops(rows: Iterable[Row]) -> Figure:
         }
         bars(axis, [f"ViT-{size}" for size in sizes], series, ".1f")
         axis.containers[0].set_label("VideoMAE")
-        colour, marker, label = STYLES["paper"]
+        colour, marker = STYLES["paper"]
         for place, what in ((-0.2, "VideoMAE"), (0.2, "EVEREST")):
             paper = [found[what, size]["paper"] for size in sizes]
             at = [i + place for i in range(len(sizes))]
-            axis.scatter(at, paper, color=colour, marker=marker, zorder=3, label=label if place > 0 else None)
+            axis.scatter(
+                at, paper, color=colour, marker=marker, zorder=3, label="the paper's figure" if place > 0 else None
+            )
         axis.set_title(phase)
         axis.set_ylabel("GFLOPs (multiply–accumulates) a clip")
     axes[0].legend(frameon=False, fontsize=9)
     return figure
-
-
-def clips(row: Row) -> str:
-    return f"{row['batch_size']} clip{'' if row['batch_size'] == 1 else 's'}"
-
-
-def three_digits(value: float) -> str:
-    """Never as a power of ten."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def memory_of(row: Row) -> float | None:
-    """Bytes: the allocator's peak where there is one, else what is saved for backward."""
-    peak = row["peak_allocated_bytes"]
-    return row["saved_bytes"] if peak is None else peak
 
 
 def phases_of(rows: Sequence[Row]) -> list[str]:
@@ -160,12 +148,16 @@ def speedup(rows: Sequence[Row], caption: str) -> Figure:
     return figure
 
 
-def sweep(rows: Sequence[Row], along: str, name: str, caption: str, value: Callable[[Row], float]) -> Figure:
+def sweep(rows: Sequence[Row], along: str, name: str, caption: str) -> Figure:
     """Time, then memory, of a step along one setting: as multiples of the baseline's, or absolute for frames.
 
     There is no panel of memory where none was measured, as of inference on a CPU.
     """
     relative = along == "keep_ratio"
+
+    def value(row: Row) -> float:
+        return row[along] or 0
+
     measured = [row for row in rows if memory_of(row)]
     figure, axes = panels(2 if measured else 1, caption)
     for phase, line in (("fine-tuning", "-"), ("pre-training", "--"), ("inference", ":")):
@@ -174,7 +166,7 @@ def sweep(rows: Sequence[Row], along: str, name: str, caption: str, value: Calla
             points = sorted((row for row in mine if row["method"] == method), key=value)
             if not points or (relative and points[0]["baseline"]):
                 continue
-            xs, more = [value(row) for row in points], {"linestyle": line, "label": f"{STYLES[method][2]}, {phase}"}
+            xs, more = [value(row) for row in points], {"linestyle": line, "label": f"{NAMES[method]}, {phase}"}
             plot(axes[0], method, xs, [row["step_ratio" if relative else "median_seconds"] for row in points], **more)
             if relative:
                 ratio = [row["gflops_ratio"] for row in points]
@@ -194,15 +186,10 @@ def sweep(rows: Sequence[Row], along: str, name: str, caption: str, value: Calla
     return figure
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, least and largest."""
-    return sum(values) / len(values), min(values), max(values)
-
-
 def spread_plot(axis: Axes, method: str, points: Sequence[tuple[float, Sequence[float]]], **more: Any) -> None:
     """(x, accuracies over the seeds): their mean, and from the least to the largest."""
     ordered = sorted(points)
-    means = [mean_and_spread(values)[0] for _, values in ordered]
+    means = [sum(values) / len(values) for _, values in ordered]
     xs = [x for x, _ in ordered]
     plot(axis, method, xs, [100 * mean for mean in means], **more)
     low, high = [100 * min(v) for _, v in ordered], [100 * max(v) for _, v in ordered]
@@ -229,7 +216,7 @@ def accuracy(groups: dict[str, list[tuple[float, list[Row]]]], chance: float, ca
             (step * spent, [record["curve"][look][1] for record in records])
             for look, (step, _) in enumerate(records[0]["curve"])
         ]
-        spread_plot(axes[1], method, curve, label=f"{STYLES[method][2]}{share}")
+        spread_plot(axes[1], method, curve, label=f"{NAMES[method]}{share}")
     axes[1].set_xlabel(
         "TFLOPs spent in training (3 × the forwards),\neach method at its best keep ratio by test accuracy"
     )

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import transformers
+from cases import PHASES, config_of
 from documents import write
 from measuring import videomae_mask
-from step_cost import PHASES, config_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm

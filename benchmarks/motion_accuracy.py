@@ -24,20 +24,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from documents import RESULTS, cpu_name, header, write
 from motion_clips import DIRECTIONS, TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
+from motion_runs import ALL, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs, key_of
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
@@ -45,18 +44,6 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 import everest_tokens as et
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
-ALL = "all tokens"
-NONE = "none"  # trained as after pre-training, without one
-SELECTORS: dict[str, Callable[[float], Any]] = {
-    "rero": et.ReRoSelector,
-    "ascending": partial(et.ReRoSelector, descending=False),
-    "random": et.RandomSelector,
-    "tube": et.TubeSelector,
-    "running cell": et.RunningCellSelector,
-    **{distance: partial(et.ReRoSelector, distance=distance) for distance in ("l1", "cosine", "cka")},
-}
-KEEP_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.6)
-LONGER = 4000  # steps, four times the default
 LOOKS = 5  # how often accuracy is taken during a training
 
 
@@ -79,109 +66,6 @@ class Settings:
     heads: int = 4
     decoder_width: int = 32
     decoder_depth: int = 1
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model: pre-trained or not, then trained with labels.
-
-    Attributes:
-        method, keep_ratio: the selector of the training with labels.
-        pretraining, pretraining_keep_ratio: the selector of the pre-training; None to train with all labels from
-            scratch, "none" to train from scratch as others do after pre-training.
-        window: frames that the clip has, out of the task's; None for all. Where it starts is drawn for each clip.
-        alpha: of the InfoFrameSampler, which then draws the model's 16 of the window's frames.
-        every: takes every n-th frame of the window.
-        uniform: draws the time steps without regard to their tokens, to tell what the longer window gives.
-        steps: of the training with labels; None for the settings'.
-    """
-
-    experiment: str
-    task: Task
-    method: str
-    keep_ratio: float | None = None
-    pretraining: str | None = None
-    pretraining_keep_ratio: float | None = None
-    window: int | None = None
-    alpha: float | None = None
-    every: int = 1
-    uniform: bool = False
-    steps: int | None = None
-    seed: int = 0
-
-    @property
-    def model_frames(self) -> int:
-        """Frames that the encoder's clip has."""
-        return 16 if self.window is not None else self.task.frames
-
-
-def runs_of(experiment: str) -> Iterator[Run]:
-    """The models of one experiment, for one seed."""
-    task = Task()
-    scratch = partial(Run, experiment)
-    if experiment == "keep-ratio":
-        yield scratch(task, ALL)
-        for method in ("rero", "random", "tube"):
-            for keep_ratio in KEEP_RATIOS:
-                yield scratch(task, method, keep_ratio)
-        for keep_ratio in (0.25, 0.5):
-            yield scratch(task, "running cell", keep_ratio)
-            yield scratch(task, "rero", keep_ratio)
-        yield scratch(task, "ascending", 0.15)
-    elif experiment == "longer":
-        yield scratch(task, ALL, steps=LONGER)
-        for method in ("random", "tube"):
-            yield scratch(task, method, 0.3, steps=LONGER)
-    elif experiment == "order":
-        for pretraining in ("ascending", "rero"):
-            for method in ("ascending", "rero"):
-                yield scratch(task, method, 0.3, pretraining, 0.3)
-        yield scratch(task, "rero", 0.3, NONE)
-    elif experiment == "distance":
-        for distance in ("cosine", "cka", "l1", "rero"):
-            yield scratch(task, "rero", 0.3, distance, 0.3)
-            yield scratch(task, distance, 0.15)
-    elif experiment == "running-cell":
-        yield scratch(task, ALL, None, NONE)
-        yield scratch(task, ALL, None, "running cell", 0.5)
-        yield scratch(task, ALL, None, "rero", 0.3)
-        yield scratch(task, "rero", 0.3, NONE)
-        yield scratch(task, "rero", 0.3, "running cell", 0.5)
-        yield scratch(task, "rero", 0.3, "rero", 0.3)
-    elif experiment == "frame-sampler":
-        task = Task(frames=48, action=1 / 3)
-        yield scratch(task, "rero", 0.15, window=16)
-        yield scratch(task, "rero", 0.15, window=32, every=2)
-        for alpha in (1.3, 1.5, 1.8, 2.0):
-            window = 2 * math.floor(8 * alpha + 1e-9)
-            for uniform in (False, True):
-                yield scratch(task, "rero", 0.15, window=window, alpha=alpha, uniform=uniform)
-    elif experiment == "frames":
-        for frames in (16, 24):
-            yield scratch(Task(frames=frames), "rero", 0.3)
-    else:
-        harder = {
-            "camera": [{"camera": speed} for speed in (0.5, 1.5, 3.0)],
-            "flicker": [{"flicker": share} for share in (0.05, 0.1, 0.2)],
-            "noise": [{"noise": deviation} for deviation in (16.0, 32.0, 64.0)],
-        }[experiment]
-        for changes in harder:
-            yield scratch(replace(task, **changes), "rero", 0.15)
-            yield scratch(replace(task, **changes), ALL)
-
-
-EXPERIMENTS = (
-    "keep-ratio",
-    "longer",
-    "order",
-    "frame-sampler",
-    "running-cell",
-    "distance",
-    "camera",
-    "flicker",
-    "noise",
-    "frames",
-)
 
 
 @lru_cache(maxsize=2)
@@ -353,32 +237,15 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
     }
 
 
-def key_of(record: dict[str, Any]) -> str:
-    """What tells a run from the others, whichever experiment asked for it first."""
-    return json.dumps({name: record[name] for name in sorted(Run.__dataclass_fields__) if name != "experiment"})
-
-
 def _worker(job: tuple[Run, Settings, str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     run, settings, device = job
     return train(run, settings, torch.device(device))
 
 
-def chosen_runs(experiments: list[str], methods: list[str] | None, seeds: int) -> list[Run]:
-    """Each model once, seed by seed, so that a run that is stopped has whole seeds; data sets stand together."""
-    runs: dict[str, Run] = {}
-    for seed in range(seeds):
-        for experiment in experiments:
-            for run in runs_of(experiment):
-                one = replace(run, seed=seed)
-                if methods is None or one.method in methods:
-                    runs.setdefault(key_of(asdict(one)), one)
-    return list(runs.values())
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--methods", nargs="+", choices=[ALL, *SELECTORS], help="only these; all if not given")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default: 3)")
     parser.add_argument("--workers", type=int, help="processes; default: one a core on a CPU, one on a GPU")

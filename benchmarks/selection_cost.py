@@ -25,10 +25,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from cases import MODES, Case, add_grid, cases_of, check_grid, compiled
 from documents import RESULTS, header, write
 from launches import kernels, operators
 from measuring import paired_seconds
-from step_cost import MODES, Case, Shared, add_grid, cases_of, check_grid, compiled
+from step_cost import Shared
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +40,6 @@ from everest_tokens.tubelets import gather_tokens
 
 PARTS = ("importance", "top_k", "gather", "select")
 WARMUP = 3
-EMBEDDING_TARGET = 1e-3  # seconds at most: ViT-B's embedding of 32 clips in inference, on a GPU in bfloat16
 
 
 class Ranking(et.ReRoSelector):
@@ -120,14 +120,6 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device) -> li
         row |= {"embedding_seconds": statistics.median(embedding), **launched}
         rows.append(row | {"seconds": seconds[f"{distance} select"]})
     return rows
-
-
-def targets_of(row: dict[str, Any], gpu: bool) -> list[tuple[str, float, float, str]]:
-    """(what, measured, most, format) of a row that a target is set for, if its embedding was timed."""
-    where = {"size": "B", "phase": "inference", "batch_size": 32, "dtype": "bfloat16", "distance": "l2", "frames": 16}
-    if not gpu or row.get("embedding_seconds") is None or any(row[key] != value for key, value in where.items()):
-        return []
-    return [("embedding and selection, ms", 1e3 * row["embedding_seconds"], 1e3 * EMBEDDING_TARGET, ".2f")]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -32,60 +32,41 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
-from itertools import product
-from pathlib import Path
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import measuring
 import torch
 import torch.distributed as dist
-from documents import RESULTS, header, world_size, write
+from cases import (
+    BASELINES,
+    CELL_RATIOS,
+    METHODS,
+    PHASES,
+    Case,
+    add_grid,
+    cases_of,
+    check_grid,
+    compiled,
+    config_of,
+    patched,
+    shapes_of,
+)
+from documents import RESULTS, header, write
 from held_memory import check_allocated, held_bytes
+from processes import over_ranks, start, world_size
 from running_out import is_out_of_memory, memory_limit
+from step_rows import mark_cases, step_table
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
 
-# Encoder width, depth, heads; decoder width and heads (VideoMAE's models; decoder depth 4 as in the paper's GFLOPs).
-SIZES = {
-    "S": (384, 12, 6, 192, 3),
-    "B": (768, 12, 12, 384, 6),
-    "L": (1024, 24, 16, 512, 8),
-    "H": (1280, 32, 16, 512, 8),
-}
-PHASES = {
-    "fine-tuning": (VideoMAEForVideoClassification, 0.6),
-    "pre-training": (VideoMAEForPreTraining, 0.3),
-    "inference": (VideoMAEForVideoClassification, 0.6),
-}
-BASELINES = {"fine-tuning": "all tokens", "pre-training": "videomae", "inference": "all tokens"}
-MODES = ("eager", "compile", "reduce-overhead")
-METHODS = ("random", "running cell", "rero")
-CELL_RATIOS = (0.25, 0.5, 0.75)
-STEP_TARGET = 1.05  # × the ratio of forward GFLOPs: what the ratio of ReRo's step time may be, unless it stands below
-# What it may be on a GPU in bfloat16, by phase, size, clips of 16 × 224², keep ratio and mode.
-STEP_TARGETS = {
-    ("fine-tuning", "B", 64, 0.6, "eager"): 0.56,
-    ("fine-tuning", "B", 16, 0.6, "compile"): 0.58,
-    ("pre-training", "B", 32, 0.3, "eager"): 0.42,
-    **{("inference", "B", 32, 0.6, mode): 0.55 for mode in ("eager", "compile")},
-    **{("inference", "B", 32, 0.3, mode): 0.28 for mode in ("eager", "compile")},
-    **{("inference", "B", 32, 0.2, mode): 0.20 for mode in ("eager", "compile")},
-}
-# Most bytes that its step may allocate there, by phase, size and clips.
-MEMORY_TARGETS = {
-    ("pre-training", "B", 32): 4.92e9,
-    ("pre-training", "L", 32): 10.5e9,
-    ("fine-tuning", "B", 16): 7.30e9,
-}
 MEASURED = (
     *("median_seconds", "quartile_seconds", "first_step_seconds", "clips_per_second", "step_ratio"),
     *("step_ratio_quartiles", "saved_bytes", "saved_ratio"),
@@ -94,31 +75,6 @@ MEASURED = (
 BLOCK = 3  # steps timed from one DDP wrapping to the next
 BUCKETS = 2  # steps that DDP takes to lay out its buckets, not timed
 GRAPHS = 3  # steps until CUDA graphs are replayed: one compiles, one warms up, one records
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the methods of one comparison share."""
-
-    size: str
-    phase: str
-    frames: int
-    image_size: int
-    keep_ratio: float
-    batch_size: int
-    dtype: str
-    mode: str
-    cell_ratio: float | None = None  # of running cell
-
-    @property
-    def autocast(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        config = config_of(self.size, self.frames, self.image_size)
-        side = self.image_size // config.patch_size
-        return self.frames // config.tubelet_size, side, side
 
 
 @dataclass
@@ -193,39 +149,6 @@ class Shared:
             self.optimizer.state.clear()
 
 
-def config_of(size: str, frames: int, image_size: int = 224) -> VideoMAEConfig:
-    width, depth, heads, decoder_width, decoder_heads = SIZES[size]
-    return VideoMAEConfig(
-        image_size=image_size,
-        num_frames=frames,
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        decoder_hidden_size=decoder_width,
-        decoder_num_attention_heads=decoder_heads,
-        decoder_intermediate_size=4 * decoder_width,
-        num_labels=400,
-    )
-
-
-def patched(model: Any, method: str, case: Case) -> Any:
-    """The model with a method's selection. Running cells in pre-training are VideoMAE V2's dual masking."""
-    pretraining = case.phase == "pre-training"
-    if method == "running cell":
-        nearest = min(CELL_RATIOS, key=lambda ratio: abs(ratio - case.keep_ratio))
-        selector: Any = et.RunningCellSelector(case.cell_ratio or (0.5 if pretraining else nearest))
-        return et.patch_videomae(model, selector, visible=et.TubeSelector(0.1) if pretraining else None)
-    selector = et.RandomSelector if method == "random" else et.ReRoSelector
-    return et.patch_videomae(model, selector(case.keep_ratio))
-
-
-@cache
-def shapes_of(size: str, phase: str, frames: int, image_size: int) -> Any:
-    with torch.device("meta"):
-        return PHASES[phase][0](config_of(size, frames, image_size))
-
-
 def variant_of(method: str, case: Case) -> Variant:
     """A method before it is run: tokens and GFLOPs follow from shapes, so that they are known where memory isn't."""
     model, tokens = shapes_of(case.size, case.phase, case.frames, case.image_size), math.prod(case.grid)
@@ -241,15 +164,6 @@ def variant_of(method: str, case: Case) -> Variant:
         row["keep_ratio"] = model.everest.selector.keep_ratio
     row["gflops"] = et.count_flops(model).total / 1e9
     return Variant(row | {"out_of_memory": False, "seconds": []} | dict.fromkeys(MEASURED))
-
-
-def over_ranks(values: Sequence[float], operation: str, device: torch.device) -> list[float]:
-    """Each value's "MAX" or "SUM" over the processes, which wait for each other here; in one process the values."""
-    if not dist.is_initialized():
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
-    return tensor.tolist()
 
 
 def attempt(action: Callable[[], Any], variants: list[Variant], shared: Shared | None, device: torch.device) -> Any:
@@ -281,12 +195,6 @@ def free(device: torch.device) -> None:
 
 def under_ddp(case: Case) -> bool:
     return dist.is_initialized() and case.phase != "inference"
-
-
-def compiled(model: Any, mode: str, fullgraph: bool = True) -> Any:
-    """A model or a function as torch.compile makes it in one of the modes; its shapes stay fixed."""
-    settings = {"mode": "reduce-overhead"} if mode == "reduce-overhead" else {}
-    return torch.compile(model, fullgraph=fullgraph, dynamic=False, **settings)
 
 
 def prepare(variant: Variant, shared: Shared, device: torch.device) -> None:
@@ -383,112 +291,10 @@ def summarise(variant: Variant, baseline: Variant, device: torch.device) -> None
             row["saved_ratio"] = row["saved_bytes"] / base["saved_bytes"]
 
 
-def targets_of(row: dict[str, Any], gpu: bool) -> list[tuple[str, float | None, float, str]]:
-    """(what, measured, most, format) of a row that a target is set for; None measured where memory ran out."""
-    if row["method"] != "rero" or row["frames"] != 16 or row["image_size"] != 224:
-        return []
-    usual, tuned = row["keep_ratio"] == PHASES[row["phase"]][1], gpu and row["dtype"] == "bfloat16"
-    found: list[tuple[str, float | None, float, str]] = []
-    place = (row["phase"], row["size"], row["batch_size"])
-    most = STEP_TARGETS.get((*place, row["keep_ratio"], row["mode"])) if tuned else None
-    if most is None and usual and row["size"] in ("B", "L"):
-        most = STEP_TARGET * row["gflops_ratio"]
-    if most is not None and (row["step_ratio"] is not None or row["out_of_memory"]):
-        found.append(("step time ratio", row["step_ratio"], most, ".3f"))
-    most, peak = MEMORY_TARGETS.get(place), row["peak_allocated_bytes_per_device"]
-    if most and usual and tuned and (peak is not None or row["out_of_memory"]):
-        found.append(("peak allocated a device, GB", None if peak is None else peak / 1e9, most / 1e9, ".2f"))
-    return found
-
-
-def verdicts(rows: list[dict[str, Any]], gpu: bool) -> list[str]:
-    """How ReRo stands to what it is to reach, where that was measured."""
-    lines = []
-    for what, value, most, digits in (target for row in rows for target in targets_of(row, gpu)):
-        met = value is not None and value <= most
-        measured = "out of memory" if value is None else format(value, digits)
-        lines.append(f"{what} {measured}, target ≤ {most:{digits}}: {'met' if met else 'MISSED'}")
-    return lines
-
-
-def table(rows: list[dict[str, Any]], gpu: bool) -> str:
+def printed(rows: list[dict[str, Any]], gpu: bool) -> str:
     """The methods of one case side by side, and how they stand to the targets."""
-    one = "ViT-{size} {phase}, {frames} frames of {image_size} px, {batch_size} clip(s) a device, {dtype}, {mode}"
-    names = f"{'seconds':>10}{'ratio':>8}{'(quartiles)':>15}{'clips/s':>9}{'saved MiB':>11}{'ratio':>7}{'peak GB':>9}"
-    lines = [f"\n{one.format(**rows[0])}", f"{'':<13}{'ρ':>5}{'kept':>6}{'visible':>8}{'GFLOPs':>9}{'ratio':>7}{names}"]
-    for row in rows:
-        low, high = row["step_ratio_quartiles"] or (None, None)
-        saved, peak = row["saved_bytes"], row["peak_allocated_bytes"]
-        line = f"{row['method']:<13}{shown(row['keep_ratio'], '.2f'):>5}{row['kept']:>6}{row['visible']:>8}"
-        line += f"{row['gflops']:>9.2f}{row['gflops_ratio']:>7.3f}"
-        if row["out_of_memory"]:
-            lines.append(f"{line}   out of memory")
-            continue
-        line += f"{row['median_seconds']:>10.4g}{shown(row['step_ratio'], '.3f'):>8}"
-        line += f"{shown(low, '.3f')}–{shown(high, '.3f')}".rjust(15) + f"{row['clips_per_second']:>9.4g}"
-        line += f"{shown(saved and saved / 2**20, '.1f'):>11}{shown(row['saved_ratio'], '.3f'):>7}"
-        line += f"{shown(peak and peak / 1e9, '.2f'):>9}"
-        lines.append(line)
-    return "\n".join([*lines, *(f"  {verdict}" for verdict in verdicts(rows, gpu))])
-
-
-def shown(value: float | None, how: str) -> str:
-    return "" if value is None else format(value, how)
-
-
-def add_grid(parser: argparse.ArgumentParser, modes: Sequence[str] = MODES) -> None:
-    """The options that say what is run and where, of this script and of selection_cost.py."""
-    add = partial(parser.add_argument, nargs="+")
-    add("--sizes", choices=SIZES, default=["B"], metavar="SIZE", help=f"{', '.join(SIZES)}; default B")
-    add("--phases", choices=PHASES, default=list(PHASES), metavar="PHASE", help=f"{', '.join(PHASES)}; default all")
-    add("--frames", type=int, default=[16], metavar="T", help="of a clip, two a token; default 16")
-    add("--batch-sizes", type=int, default=[2], metavar="CLIPS", help="clips on each device; default 2")
-    dtypes = ["float32", "bfloat16"]
-    add("--dtypes", choices=dtypes, default=dtypes[:1], metavar="DTYPE", help="float32 or, by autocast, bfloat16")
-    graphs = " (compile with CUDA graphs, on a CUDA device only)" if "reduce-overhead" in modes else ""
-    about = f"{', '.join(modes)}{graphs}; default eager"
-    add("--modes", choices=modes, default=["eager"], metavar="MODE", help=about)
-    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="a multiple of 16; default 224")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<this script>_<device type>.json")
-
-
-def check_grid(parser: argparse.ArgumentParser, options: argparse.Namespace, counts: Sequence[str]) -> None:
-    """End with an error for what no model takes; `counts` are options that must be at least 1 too."""
-    for name, values in [("batch_sizes", options.batch_sizes), *((name, [getattr(options, name)]) for name in counts)]:
-        if min(values) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {min(values)}")
-    if min(options.frames) < 4 or any(frames % 2 for frames in options.frames):
-        parser.error(f"--frames must be even and at least 4 (two time steps), got {options.frames}")
-    if "reduce-overhead" in options.modes and torch.device(options.device).type != "cuda":
-        parser.error(f"--modes reduce-overhead records CUDA graphs and needs a CUDA device, got {options.device}")
-    if options.image_size < 16 or options.image_size % 16:
-        parser.error(f"--image-size must be a multiple of 16, got {options.image_size}")
-
-
-def cases_of(
-    options: argparse.Namespace, keep_ratios: Sequence[float] | None = None, cell_ratio: float | None = None
-) -> list[Case]:
-    """The product of the options; without keep ratios the paper's of each phase."""
-    cases = []
-    for size, phase, frames in product(options.sizes, options.phases, options.frames):
-        ratios = keep_ratios or [PHASES[phase][1]]
-        for ratio, batch, dtype, mode in product(ratios, options.batch_sizes, options.dtypes, options.modes):
-            cases.append(Case(size, phase, frames, options.image_size, ratio, batch, dtype, mode, cell_ratio))
-    return cases
-
-
-def start(name: str) -> torch.device:
-    """The device of this process; under torchrun one for each, and they find each other."""
-    device = torch.device(name)
-    if "LOCAL_RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    return device
+    one = "\n{frames} frames of {image_size} px, {dtype}, {mode}\n".format(**rows[0])
+    return "\n".join([one, *step_table(mark_cases(rows), gpu)])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -523,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     steps = options.repeats + (1 if dist.is_initialized() else warmup)
     total = len(line_ups) * (1 + len(options.methods)) * steps
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = world_size() == 1 or dist.get_rank() == 0
     # On the CPU memory must run out here, not for the kernel, which would kill; 0.95 because others run there too.
     share = 0.95 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit: Any = memory_limit(share) if device.type == "cpu" else nullcontext()
@@ -533,7 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows = run_case(case, variants, options, device, bar.update)
             document["runs"] += rows
             if first:
-                bar.write(table(rows, device.type == "cuda"))
+                bar.write(printed(rows, device.type == "cuda"))
                 write(document, out)
     if first:
         print(f"\nwritten to {out}")

@@ -35,10 +35,10 @@ class TrainingGeometry:
 
     Args:
         size: side of the result.
-        scales: the sides of MultiScaleCrop's crops, as parts of the frame's short side, in order (see `crop_sizes`).
+        scales: the sides of MultiScaleCrop's crops, as parts of the frame's short side, in order (see `crop_sizes`);
+            a crop lies at one of 13 places (see `crop_positions`).
         flip: mirror half of the clips, left to right. Not where direction is the label, as in Something-Something.
         randaugment: (magnitude, standard deviation) on timm's scale 0…10 (see `RandAugment`), or None.
-        fixed_positions: crops lie at one of 13 places (see `crop_positions`), else anywhere.
 
     Raises:
         ValueError: a setting out of its range; on a call, a clip that isn't uint8 (T, 3, H, W), or no generator.
@@ -48,7 +48,6 @@ class TrainingGeometry:
     scales: Sequence[float] = (1, 0.875, 0.75, 0.66)
     flip: bool = True
     randaugment: tuple[float, float] | None = None
-    fixed_positions: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
@@ -67,10 +66,7 @@ class TrainingGeometry:
             raise ValueError(f"expected a torch.Generator, got {generator!r}")
         height, width = clip.shape[-2:]
         crop = _one_of(crop_sizes(height, width, self.scales), generator)
-        if self.fixed_positions:
-            top, left = _one_of(crop_positions(height, width, crop), generator)
-        else:
-            top, left = (_below(whole - part + 1, generator) for whole, part in zip((height, width), crop, strict=True))
+        top, left = _one_of(crop_positions(height, width, crop), generator)
         size = [self.size, self.size]
         clip = functional.resized_crop(clip, top, left, *crop, size, InterpolationMode.BILINEAR, antialias=True)
         if self.flip and _below(2, generator):
@@ -113,7 +109,7 @@ def crop_positions(height: int, width: int, crop: tuple[int, int]) -> list[tuple
 class RandAugment:
     """RandAugment (Cubuk et al. 2020) of a whole clip: (clip uint8 (T, 3, H, W), generator) → the same shape.
 
-    Draws `num_ops` of 15 operations with replacement, drops each with probability ½, draws its strength from
+    Draws two of 15 operations with replacement, drops each with probability ½, draws its strength from
     N(magnitude, std²) clamped to 0…10, and its sign: what timm calls `rand-m{magnitude}-mstd{std}-inc1`, the variant
     whose operations all become stronger with the magnitude. Table 8 has (9, 0.5).
 
@@ -126,20 +122,17 @@ class RandAugment:
 
     magnitude: float
     std: float = 0.0
-    num_ops: int = 2
 
     def __post_init__(self) -> None:
         if not (_is_number(self.magnitude) and 0 <= self.magnitude <= _MAX_MAGNITUDE):
             raise ValueError(f"RandAugment's magnitude must be in 0…{_MAX_MAGNITUDE}, got {self.magnitude!r}")
         if not (_is_number(self.std) and 0 <= self.std < math.inf):
             raise ValueError(f"RandAugment's standard deviation must be at least 0 and finite, got {self.std!r}")
-        if isinstance(self.num_ops, bool) or not isinstance(self.num_ops, int) or self.num_ops < 0:
-            raise ValueError(f"RandAugment's num_ops must be an integer of at least 0, got {self.num_ops!r}")
 
     def draw(self, generator: torch.Generator) -> list[tuple[str, float]]:
         """(name in OPERATIONS, level in −1…1) of the operations to apply, in order."""
         chosen = []
-        for _ in range(self.num_ops):
+        for _ in range(2):
             name = _one_of(list(OPERATIONS), generator)
             applied, positive = _below(2, generator), _below(2, generator)
             noise = float(torch.randn((), generator=generator, device=generator.device))
@@ -239,9 +232,6 @@ class BatchAugmentation(nn.Module):
     Raises:
         ValueError: a setting out of its range; mixup or cutmix without num_labels.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self, num_labels: int | None = None, erasing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0
@@ -344,8 +334,7 @@ def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
 
 
 def _below(high: int, generator: torch.Generator | None = None) -> int:
-    device = None if generator is None else generator.device
-    return int(torch.randint(high, (), generator=generator, device=device))
+    return int(torch.randint(high, (), generator=generator, device=generator and generator.device))
 
 
 def _one_of(choices: Sequence[T], generator: torch.Generator | None = None) -> T:
@@ -353,7 +342,7 @@ def _one_of(choices: Sequence[T], generator: torch.Generator | None = None) -> T
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_pixels(pixels: Tensor, ndim: int, expected: str) -> None:

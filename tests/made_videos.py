@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -38,34 +38,41 @@ def numbers_in(frames: torch.Tensor) -> list[int]:
     return (bits * 2 ** torch.arange(8)).sum(1).tolist()
 
 
-def write_video(
+def write_frames(
     path: Path,
+    frames: Iterable[np.ndarray],
     codec: str = H264,
     *,
-    length: int = LENGTH,
-    size: tuple[int, int] = (96, 64),
-    times: list[int] | None = None,
+    times: Sequence[int] | None = None,
     pix_fmt: str = "yuv420p",
+    group: int = GROUP,
     b_frames: int = 2,
     x264: str = "",
     muxer: dict[str, str] | None = None,
 ) -> Path:
-    """Frames 0, 1, … at 25 a second or at `times` in milliseconds, with `b_frames` between the others."""
-    width, height = size
-    clock = Fraction(1, 1000) if times else Fraction(1, 25)
+    """uint8 (H, W, 3) each, at 25 a second or at `times` in milliseconds, with `b_frames` between the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images, clock = list(frames), Fraction(1, 1000) if times else Fraction(1, 25)
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        stream.codec_context.time_base = clock
-        stream.codec_context.gop_size, stream.codec_context.max_b_frames = GROUP, b_frames
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.time_base = pix_fmt, clock
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = group, b_frames
         if x264 and codec == "libx264":
             stream.options = {"x264-params": x264}
-        for number in range(length):
-            frame = av.VideoFrame.from_ndarray(picture(number, width, height), "rgb24")
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
             frame.pts, frame.time_base = (times[number] if times else number), clock
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def write_video(
+    path: Path, codec: str = H264, *, length: int = LENGTH, size: tuple[int, int] = (96, 64), **more: Any
+) -> Path:
+    """Frames 0, 1, … of `size` (width, height), each with its number; for the rest see `write_frames`."""
+    return write_frames(path, (picture(number, *size) for number in range(length)), codec, **more)
 
 
 def full_decode(path: Path) -> torch.Tensor:

@@ -12,26 +12,15 @@ from dataclasses import replace
 import motion_clips
 import pytest
 import torch
-from motion_clips import TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, places, turned, velocity
+from motion_clips import TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, places, turned
 from scipy.stats import chi2_contingency, chisquare
 from torch import Tensor
 
 import everest_tokens as et
 
-ROOT_HALF = math.sqrt(0.5)
 # (down, right) by label, as the eyes see it
-DIRECTIONS = torch.tensor(
-    [
-        (0, 1),
-        (ROOT_HALF, ROOT_HALF),
-        (1, 0),
-        (ROOT_HALF, -ROOT_HALF),
-        (0, -1),
-        (-ROOT_HALF, -ROOT_HALF),
-        (-1, 0),
-        (-ROOT_HALF, ROOT_HALF),
-    ]
-)
+COMPASS = [(0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1)]
+DIRECTIONS = torch.nn.functional.normalize(torch.tensor(COMPASS, dtype=torch.float32))
 SIDE, CHARTS = 160, 3
 CLEAN = Task(noise=0.0)
 
@@ -97,12 +86,6 @@ def steps(middles: Tensor, size: int) -> Tensor:
     return wrapped(middles.diff(dim=1), size)
 
 
-@pytest.mark.parametrize("speed", [1.0, 3.0])
-def test_velocity_is_one_of_eight_directions_at_the_speed(speed):
-    labels = torch.tensor([6, 0, 1, 2, 3, 4, 5, 6, 7])
-    torch.testing.assert_close(velocity(labels, speed), speed * DIRECTIONS[labels], atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("task", [CLEAN, replace(CLEAN, size=60, frames=20, radius=5, speed=2.0)])
 def test_a_rendered_disc_moves_as_its_label_says(task):
     clips, labels = make_clips(task, charts(), 96, seeded(0))
@@ -124,8 +107,10 @@ def test_a_rendered_disc_moves_as_its_label_says(task):
 
 def test_a_second_disc_rests_and_both_have_textures_of_their_own():
     clips, _ = make_clips(CLEAN, charts(), 64, seeded(1))
-    _, background = backgrounds(clips)
+    corner, background = backgrounds(clips)
     others = ~background & ~objects(clips)
+    assert len(torch.unique(corner[:, 0], dim=0)) > 50  # each clip has a place of its own
+    assert torch.equal(corner, corner[:, :1].expand_as(corner))  # and no camera moves
     # What else isn't background is one disc, the same in all frames but where the object hides it.
     whole = others.any(dim=1)
     expected = discs(centres(whole).round(), CLEAN.size, CLEAN.radius)
@@ -155,23 +140,6 @@ def test_one_frame_says_nothing_of_the_label(task):
         assert chisquare(counts.numpy()).pvalue > 1e-3  # and uniform, pixel by pixel
 
 
-@pytest.mark.parametrize("label", range(8))
-def test_a_path_is_straight_and_comes_in_again_where_it_leaves(label):
-    task = Task(size=40)
-    paths = places(task, torch.full((200,), label), seeded(label))
-    straight = task.speed * DIRECTIONS[label] * torch.arange(task.frames)[:, None]
-    assert wrapped(paths - paths[:, :1] - straight, task.size).abs().max() <= 1.001
-    for axis in (0, 1):
-        jumps = paths[..., axis].diff(dim=1)
-        sign = round(float(DIRECTIONS[label, axis]))
-        if sign == 0:
-            assert jumps.abs().max() == 0
-        else:  # a step against the direction is one over the edge, and in some clips there is one
-            assert (jumps * sign < 0).any()
-            assert (jumps * sign < 0).sum(dim=1).max() <= 2
-            assert ((jumps * sign)[jumps * sign < 0] + task.size <= task.speed + 1).all()
-
-
 @pytest.mark.parametrize(("frames", "action", "moving"), [(48, 1 / 3, 16), (16, 0.5, 8), (20, 0.33, 7), (16, 0.01, 1)])
 def test_the_object_moves_during_its_action_only(frames, action, moving):
     task = Task(frames=frames, action=action)
@@ -186,16 +154,6 @@ def test_the_object_moves_during_its_action_only(frames, action, moving):
     counts = torch.bincount(start, minlength=frames - moving + 1)
     assert len(counts) == frames - moving + 1
     assert chisquare(counts.numpy()).pvalue > 1e-3
-
-
-def test_a_clip_rests_before_and_after_its_action():
-    task = replace(CLEAN, frames=48, action=1 / 3)
-    clips, labels = make_clips(task, charts(), 24, seeded(6))
-    changed = (clips.diff(dim=1) != 0).flatten(2).any(dim=-1)  # (n, T − 1)
-    assert set(changed.sum(dim=1).tolist()) <= {15, 16}
-    assert (changed.diff(dim=1).sum(dim=1) <= 2).all()  # in a row
-    assert changed.float().mean(dim=0).min() < 0.2
-    assert len(labels) == 24
 
 
 @pytest.mark.parametrize("deviation", [0.0, 4.0, 24.0])
@@ -250,17 +208,6 @@ def test_the_cameras_direction_says_nothing_of_the_label():
     assert chisquare(table.sum(dim=1).numpy()).pvalue > 1e-3  # labels are uniform
 
 
-def test_without_camera_only_the_disc_changes_anything():
-    clips, _ = make_clips(CLEAN, charts(), 32, seeded(11))
-    corner, _ = backgrounds(clips)
-    assert torch.equal(corner, corner[:, :1].expand_as(corner))
-    masks = discs(centres(objects(clips)).round(), CLEAN.size, CLEAN.radius)
-    changed = (clips[:, 1:] != clips[:, :-1]).any(dim=2)
-    assert changed.any()
-    assert not (changed & ~masks[:, 1:] & ~masks[:, :-1]).any()
-    assert len(torch.unique(corner[:, 0], dim=0)) > 30  # each clip has a place of its own
-
-
 def test_no_photograph_both_trains_and_tests():
     assert not set(TRAINING_PHOTOS) & set(TEST_PHOTOS)
     training, test = photographs(TRAINING_PHOTOS), photographs(TEST_PHOTOS)
@@ -276,7 +223,7 @@ def test_no_photograph_both_trains_and_tests():
             assert (photo - other).abs().mean() > 10
 
 
-@pytest.mark.parametrize("name", ["rocket", "camera", "motorcycle"])
+@pytest.mark.parametrize("name", ["camera", "motorcycle"])
 def test_a_photograph_is_the_middle_of_what_scikit_image_ships(name):
     from skimage import data
     from skimage.transform import resize
@@ -331,22 +278,6 @@ def test_a_turned_clip_moves_as_its_new_label_says(turn):
     assert torch.equal(seen[:, 0].flatten(2).sort(dim=-1).values, clips[:, 0].flatten(2).sort(dim=-1).values)
 
 
-def test_the_eight_turns_are_the_symmetries_of_a_square():
-    clips = torch.arange(2 * 3 * 3).reshape(1, 2, 1, 3, 3)
-    labels = torch.arange(8)
-    pictures, permutations = set(), set()
-    for turn in range(8):
-        seen, new = turned(clips, labels, turn)
-        assert sorted(new.tolist()) == list(range(8))
-        pictures.add(tuple(seen.flatten().tolist()))
-        permutations.add(tuple(new.tolist()))
-        inverse = {5: 6, 6: 5}.get(turn, turn)  # quarter turns undo each other, everything else undoes itself
-        back, old = turned(seen, new, inverse)
-        assert torch.equal(back, clips)
-        assert torch.equal(old, labels)
-    assert len(pictures) == len(permutations) == 8
-
-
 def tubelets(clips: Tensor, patch: int) -> tuple[Tensor, tuple[int, int, int]]:
     """Pixels of each tubelet of two frames, t-major: (n, T, 3, S, S) → (n, N, D), and the grid."""
     n, frames, _, size, _ = clips.shape
@@ -364,7 +295,7 @@ def touched(masks: Tensor, patch: int) -> Tensor:
     return torch.cat([change[:, :1], change], dim=1).flatten(1)  # the first step has the second's importance
 
 
-@pytest.mark.parametrize(("size", "patch"), [(48, 12), (96, 12), (48, 8)])
+@pytest.mark.parametrize(("size", "patch"), [(96, 12), (48, 8)])
 def test_rero_keeps_the_tokens_along_the_path_and_no_others(size, patch):
     task = replace(CLEAN, size=size)
     clips, _ = make_clips(task, charts(), 12, seeded(15))

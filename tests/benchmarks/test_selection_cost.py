@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 
+import cases
 import pytest
 import selection_cost
 import step_cost
+import targets
 import torch
 from launches import operators
 
@@ -21,7 +23,7 @@ GRID = ["--sizes", "T", "--frames", "8", "--image-size", "64", "--device", "cpu"
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setitem(step_cost.SIZES, "T", (32, 2, 2, 24, 2))
+    monkeypatch.setitem(cases.SIZES, "T", (32, 2, 2, 24, 2))
 
 
 def run(out, *arguments: str) -> dict:
@@ -84,11 +86,11 @@ def test_the_embedding_is_the_models_own_in_the_phases_mode(phase):
 def test_the_embeddings_target_is_judged_where_it_is_set():
     row = {"size": "B", "phase": "inference", "batch_size": 32, "dtype": "bfloat16", "distance": "l2", "frames": 16}
     row |= {"embedding_seconds": 0.0012}
-    assert selection_cost.targets_of(row, gpu=True) == [("embedding and selection, ms", 1.2, 1.0, ".2f")]
-    assert selection_cost.targets_of(row, gpu=False) == []
+    assert list(map(str, targets.embedding_targets(row, gpu=True))) == ["embedding ≤ 1.00 ms: MISSED"]
+    assert targets.embedding_targets(row, gpu=False) == []
     others = [{"size": "L"}, {"phase": "fine-tuning"}, {"batch_size": 16}, {"distance": "l1"}, {"frames": 64}]
     for other in (*others, {"embedding_seconds": None}):
-        assert selection_cost.targets_of(row | other, gpu=True) == []
+        assert targets.embedding_targets(row | other, gpu=True) == []
 
 
 @pytest.mark.parametrize("mode", ["eager", "compile"])
@@ -112,19 +114,13 @@ def test_the_parts_are_the_librarys_own(monkeypatch, task, phase, mode):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("option", ["--repeats", "--step-repeats"])
-def test_nothing_to_time_is_refused(tmp_path, capsys, option):
-    with pytest.raises(SystemExit):
-        run(tmp_path / "out.json", option, "0")
-    assert "must be at least 1" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--frames", "2"], "--frames must be even and at least 4"),
         (["--image-size", "100"], "--image-size must be a multiple of 16, got 100"),
         (["--batch-sizes", "0"], "--batch-sizes must be at least 1, got 0"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--step-repeats", "0"], "--step-repeats must be at least 1, got 0"),
     ],
 )

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import av
 import numpy as np
+from made_videos import write_frames as write_video
+
+__all__ = ["DIRECTIONS", "moving_shape", "write_video"]
 
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-
-
-def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", rate: int = 25) -> Path:
-    """frames uint8 (T, H, W, 3)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
 
 
 def moving_shape(direction: str, seed: int, frames: int = 12, size: tuple[int, int] = (72, 72)) -> np.ndarray:
@@ -40,14 +27,3 @@ def moving_shape(direction: str, seed: int, frames: int = 12, size: tuple[int, i
         frame[np.ix_(rows, columns)] = shape
         clip.append(frame)
     return np.stack(clip).astype(np.uint8)
-
-
-def write_motion_set(root: Path, videos: int, seed: int = 0) -> list[tuple[Path, int]]:
-    """`videos` files in folders named by direction: (path, label), the labels in turn."""
-    written = []
-    for number in range(videos):
-        label = number % len(DIRECTIONS)
-        direction = list(DIRECTIONS)[label]
-        path = root / direction / f"v_{direction}_g{number:03d}.mp4"
-        written.append((write_video(path, moving_shape(direction, seed + number)), label))
-    return written

@@ -56,49 +56,27 @@ def picture() -> Tensor:
 # --- MultiScaleCrop ---
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 340), (340, 256)])
-def test_the_crop_sizes_of_the_tsn_paper(height: int, width: int) -> None:
-    # Wang et al. 2016: "the width and height of the cropped region are randomly selected from {256, 224, 192, 168}".
-    expected = [
-        *[(256, 256), (256, 224)],
-        *[(224, 256), (224, 224), (224, 192)],
-        *[(192, 224), (192, 192), (192, 168)],
-        *[(168, 192), (168, 168)],
-    ]
-    assert sorted(crop_sizes(height, width, SCALES)) == sorted(expected)
-
-
-def test_crop_sizes_are_not_a_pixel_short_for_float_error_and_never_zero() -> None:
+def test_the_crop_sizes_of_the_tsn_paper() -> None:
+    # Wang et al. 2016: "the width and height of the cropped region are randomly selected from {256, 224, 192, 168}",
+    # here with an aspect ratio of at most one scale.
+    sides = (256, 224, 192, 168)
+    expected = {(tall, wide) for i, tall in enumerate(sides) for wide in sides[max(i - 1, 0) : i + 2]}
+    for frame in ((256, 340), (340, 256)):
+        assert len(crop_sizes(*frame, SCALES)) == len(expected) == 10
+        assert set(crop_sizes(*frame, SCALES)) == expected
     assert 0.29 * 100 < 29
-    assert crop_sizes(100, 150, (0.29,)) == [(29, 29)]
+    assert crop_sizes(100, 150, (0.29,)) == [(29, 29)]  # not a pixel short for float error
     assert crop_sizes(1, 4, (0.5,)) == [(1, 1)]
-
-
-def test_the_aspect_ratio_is_at_most_one_scale_off() -> None:
-    assert set(crop_sizes(100, 100, (1, 0.5, 0.25))) == {
-        *[(100, 100), (100, 50), (50, 100), (50, 50), (50, 25), (25, 50), (25, 25)]
-    }
 
 
 def test_the_thirteen_positions() -> None:
     # Room: 32 rows and 116 columns, in quarters 0 8 16 24 32 and 0 29 58 87 116.
-    assert sorted(crop_positions(256, 340, (224, 224))) == [
-        *[(0, 0), (0, 58), (0, 116)],
-        *[(8, 29), (8, 87)],
-        *[(16, 0), (16, 58), (16, 116)],
-        *[(24, 29), (24, 87)],
-        *[(32, 0), (32, 58), (32, 116)],
-    ]
-
-
-def test_positions_reach_the_far_corner_where_the_room_is_no_multiple_of_four() -> None:
+    even = {(row, column) for row in (0, 16, 32) for column in (0, 58, 116)}
+    assert set(crop_positions(256, 340, (224, 224))) == even | {(8, 29), (8, 87), (24, 29), (24, 87)}
     positions = crop_positions(105, 107, (100, 100))  # quarters of 5 and 7, rounded down: 0 1 2 3 5 and 0 1 3 5 7
     assert {row for row, _ in positions} == {0, 1, 2, 3, 5}
     assert {column for _, column in positions} == {0, 1, 3, 5, 7}
     assert crop_positions(8, 8, (8, 8)) == [(0, 0)] * 13
-
-
-def test_a_crop_larger_than_the_frame_is_refused() -> None:
     with pytest.raises(ValueError, match="60 × 80, got 61 × 50"):
         crop_positions(60, 80, (61, 50))
 
@@ -116,13 +94,6 @@ def test_crops_lie_at_the_fixed_positions_each_as_often(generator: Any, check_fr
     even = [(row, column) for row in (0, 16, 32) for column in (0, 32, 64)]
     expected = [*even, (8, 16), (8, 48), (24, 16), (24, 48)]
     check_frequencies(torch.tensor(corners), dict.fromkeys(expected, 1 / 13))
-
-
-def test_crops_anywhere(generator: Any, check_frequencies: Any) -> None:
-    geometry = TrainingGeometry(3, scales=(0.75,), flip=False, fixed_positions=False)
-    clip, draws = map_of_places(1, 4, 6), generator(0)
-    corners = [geometry(clip, draws)[0, :2, 0, 0].tolist() for _ in range(400)]
-    check_frequencies(torch.tensor(corners), {(row, column): 1 / 8 for row in range(2) for column in range(4)})
 
 
 def test_crops_of_all_ten_sizes_fill_the_result(generator: Any, check_frequencies: Any) -> None:
@@ -168,9 +139,8 @@ def test_flips_mirror_whole_clips_half_of_them(generator: Any, check_frequencies
     assert all(torch.equal(geometry(clip, draws), clip) for _ in range(20))
 
 
-@pytest.mark.parametrize("fixed", [True, False])
-def test_every_frame_is_cropped_and_flipped_as_the_first(generator: Any, fixed: bool) -> None:
-    geometry = TrainingGeometry(24, fixed_positions=fixed)
+def test_every_frame_is_cropped_and_flipped_as_the_first(generator: Any) -> None:
+    geometry = TrainingGeometry(24)
     clip = random_clip(4, 3, 40, 56)
     for seed in range(20):
         whole = geometry(clip, generator(seed))
@@ -178,17 +148,8 @@ def test_every_frame_is_cropped_and_flipped_as_the_first(generator: Any, fixed: 
         assert torch.equal(whole, torch.cat(apart))
 
 
-def test_a_still_clip_stays_still_and_clips_differ(generator: Any) -> None:
-    geometry = TrainingGeometry(24, randaugment=(9, 0.5))
-    still = random_clip(1, 3, 40, 56).expand(4, -1, -1, -1)
-    draws = generator(0)
-    results = [geometry(still, draws) for _ in range(40)]
-    assert all(torch.equal(result, result[:1].expand_as(result)) for result in results)
-    assert len({result.numpy().tobytes() for result in results}) > 30  # of 40
-
-
 def test_all_randomness_comes_from_the_generator(generator: Any, global_rng_untouched: Any) -> None:
-    geometry = TrainingGeometry(24, randaugment=(9, 0.5), fixed_positions=False)
+    geometry = TrainingGeometry(24, randaugment=(9, 0.5))
     clip = random_clip(3, 3, 40, 56)
     others = other_generators()
     with global_rng_untouched():
@@ -200,7 +161,7 @@ def test_all_randomness_comes_from_the_generator(generator: Any, global_rng_unto
 
 
 def test_the_result_is_uint8_contiguous_and_its_input_unchanged(generator: Any) -> None:
-    geometry = TrainingGeometry(24, randaugment=(9, 0.5))
+    geometry = pickle.loads(pickle.dumps(TrainingGeometry(24, randaugment=(9, 0.5))))  # as workers get it
     clip = random_clip(3, 3, 20, 16)  # smaller than the result
     before = clip.clone()
     for seed in range(30):
@@ -211,13 +172,6 @@ def test_the_result_is_uint8_contiguous_and_its_input_unchanged(generator: Any) 
     assert torch.equal(clip, before)
 
 
-def test_geometry_survives_pickling(generator: Any) -> None:
-    geometry = TrainingGeometry(16, randaugment=(9, 0.5))
-    copied = pickle.loads(pickle.dumps(geometry))
-    clip = random_clip(2, 3, 20, 24)
-    assert torch.equal(copied(clip, generator(3)), geometry(clip, generator(3)))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -225,7 +179,6 @@ def test_geometry_survives_pickling(generator: Any) -> None:
         ({"size": 224.0}, "size must be a positive integer, got 224.0"),
         ({"size": 8, "scales": ()}, r"scales must be .* got \(\)"),
         ({"size": 8, "scales": (1, 1.2)}, r"in \(0, 1\], got \(1, 1.2\)"),
-        ({"size": 8, "scales": (1, 0)}, r"in \(0, 1\], got \(1, 0\)"),
         ({"size": 8, "scales": 0.5}, r"in \(0, 1\], got 0.5"),
         ({"size": 8, "randaugment": 9}, "magnitude, standard deviation.*got 9"),
         ({"size": 8, "randaugment": (9,)}, r"magnitude, standard deviation.*got \(9,\)"),
@@ -248,9 +201,6 @@ def test_bad_settings_of_the_geometry_are_refused(settings: dict[str, Any], mess
 def test_clips_of_another_kind_are_refused(clip: Tensor, generator: Any) -> None:
     with pytest.raises(ValueError, match=r"uint8 \(T, 3, H, W\), got torch\.(float32|uint8) \("):
         TrainingGeometry(8)(clip, generator(0))
-
-
-def test_no_generator_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a torch\.Generator, got None"):
         TrainingGeometry(8)(random_clip(2, 3, 8, 8), None)  # type: ignore[arg-type]
 
@@ -292,23 +242,15 @@ def test_randaugment_applies_what_it_draws_in_order(generator: Any) -> None:
     assert lengths == {0, 1, 2}
 
 
-TIMM = {  # those that timm calls differently
-    "Posterize": "PosterizeIncreasing",
-    "Solarize": "SolarizeIncreasing",
-    "Color": "ColorIncreasing",
-    "Contrast": "ContrastIncreasing",
-    "Brightness": "BrightnessIncreasing",
-    "Sharpness": "SharpnessIncreasing",
-    "TranslateX": "TranslateXRel",
-    "TranslateY": "TranslateYRel",
-}
+INCREASING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+TIMM = {name: f"{name}Increasing" for name in INCREASING} | {f"Translate{axis}": f"Translate{axis}Rel" for axis in "XY"}
 
 
 def test_the_operations_are_timms() -> None:
     assert {TIMM.get(name, name) for name in OPERATIONS} == set(auto_augment._RAND_INCREASING_TRANSFORMS)
 
 
-@pytest.mark.parametrize("level", [0.9, -0.9, 0.3, -0.3, 0.99, 0.0])
+@pytest.mark.parametrize("level", [0.9, -0.3, 0.99, 0.0])
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_operations_do_to_a_frame_what_timms_do_to_an_image(
     name: str, level: float, monkeypatch: pytest.MonkeyPatch
@@ -360,13 +302,6 @@ def test_operations_that_go_by_statistics_map_a_colour_alike_in_all_frames(name:
         assert all(maps[0][value] == maps[1][value] for value in common)
         shared += len(common)
     assert shared > 50
-
-
-def test_autocontrast_stretches_a_clip_as_a_whole() -> None:
-    clip = torch.tensor([[50, 67], [67, 101]], dtype=torch.uint8).view(2, 1, 1, 2).expand(2, 3, 1, 2)
-    result = OPERATIONS["AutoContrast"](clip, 0)
-    expected = torch.tensor([[0, 85], [85, 255]])  # 255/51 for each step above 50; torchvision may round one down
-    assert (result[:, 0, 0].int() - expected).abs().max() <= 1
 
 
 def test_strengths_worked_out_by_hand() -> None:
@@ -524,15 +459,10 @@ def test_a_batchs_randomness_comes_from_the_generator(generator: Any, global_rng
     torch.manual_seed(99)
     assert all(map(torch.equal, once, run()))
     assert len({part.numpy().tobytes() for part in once}) == 12
-
-
-def test_without_a_generator_torchs_own_decides_and_moves_on() -> None:
-    pixels, labels, augmentation = random_clip(4, 2, 3, 16, 16), torch.arange(4), BatchAugmentation(**EVERYTHING)
-    torch.manual_seed(5)
+    torch.manual_seed(99)  # without a generator, torch's own decides and moves on
     first, second = (augmentation(pixels, labels, True)[0] for _ in range(2))
-    torch.manual_seed(5)
-    again = augmentation(pixels, labels, True)[0]
-    assert torch.equal(first, again)
+    torch.manual_seed(99)
+    assert torch.equal(first, augmentation(pixels, labels, True)[0])
     assert not torch.equal(first, second)
 
 
@@ -582,15 +512,19 @@ def test_bad_settings_of_a_batch_are_refused(settings: dict[str, Any], message: 
         BatchAugmentation(**settings)
 
 
-def test_batches_of_another_kind_are_refused() -> None:
-    pixels = random_clip(2, 2, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"uint8 \(B, T, 3, S, S\), got torch.float32 \(2, 2, 3, 8, 8\)"):
-        BatchAugmentation()(pixels.float(), None, True)
-    with pytest.raises(ValueError, match=r"uint8 \(B, T, 3, S, S\), got torch.uint8 \(2, 3, 8, 8\)"):
-        BatchAugmentation()(pixels[0], None, True)
-    with pytest.raises(ValueError, match=r"labels int64 \(2,\), one a clip, got torch.int64 \(3,\)"):
-        BatchAugmentation()(pixels, torch.arange(3), True)
-    with pytest.raises(ValueError, match=r"labels int64 \(2,\), one a clip, got torch.float32 \(2,\)"):
-        BatchAugmentation()(pixels, torch.zeros(2), True)
-    with pytest.raises(ValueError, match="expected labels, got None"):
-        BatchAugmentation(num_labels=5, mixup=0.8)(pixels, None, True)
+CLIPS = random_clip(2, 2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (CLIPS.float(), None, r"uint8 \(B, T, 3, S, S\), got torch.float32 \(2, 2, 3, 8, 8\)"),
+        (CLIPS[0], None, r"uint8 \(B, T, 3, S, S\), got torch.uint8 \(2, 3, 8, 8\)"),
+        (CLIPS, torch.arange(3), r"labels int64 \(2,\), one a clip, got torch.int64 \(3,\)"),
+        (CLIPS, torch.zeros(2), r"labels int64 \(2,\), one a clip, got torch.float32 \(2,\)"),
+        (CLIPS, None, "expected labels, got None"),
+    ],
+)
+def test_batches_of_another_kind_are_refused(pixels: Tensor, labels: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchAugmentation(num_labels=5, mixup=0.8)(pixels, labels, True)

@@ -3,109 +3,58 @@
 from __future__ import annotations
 
 import pickle
-import struct
 import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from clips import Sampling, TestViews, TrainingClips, collate, frame_numbers, spatial_crops, view_frame_numbers
 from decoding import read_frames
+from made_videos import (
+    H264,
+    HAS_X264,
+    damage,
+    numbers_in,
+    turn,
+    uneven_times,
+    write_audio,
+    write_frames,
+    write_video,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 from video_list import Entry
 
 from everest_tokens.demo import sample_video
 
-H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
 LENGTH = 40
-TURN_90 = (0, -1, 0, 1, 0, 0, 0, 0, 1 << 14)  # a display matrix in MP4's fixed point, over 2¹⁶
+SQUARE = {"size": (84, 84), "length": LENGTH, "group": 10}
+ODD = {"size": (91, 77), "pix_fmt": "yuv444p" if HAS_X264 else "yuv420p"}
 
 # --- videos ---
 
 
-def picture(number: int, width: int, height: int) -> np.ndarray:
-    """uint8 (height, width, 3): seven bars, light where a bit of `number` is set, lowest bit at the left."""
-    image = np.full((height, width, 3), 20, np.uint8)
-    for bit in range(7):
-        image[:, bit * width // 7 : (bit + 1) * width // 7] = 230 if number >> bit & 1 else 20
-    return image
-
-
-def numbers_in(clip: Tensor) -> list[int]:
-    """Reads the numbers of whole frames back from uint8 (T, 3, H, W)."""
-    bars = clip.float().mean((1, 2)).unflatten(-1, (7, -1))  # (T, 7, a seventh of the width)
-    return ((bars[..., bars.shape[-1] // 2] > 125) * 2 ** torch.arange(7)).sum(1).tolist()
-
-
-def write_video(
-    path: Path, codec: str = H264, *, size: tuple[int, int] = (84, 84), uneven: bool = False, length: int = LENGTH
-) -> Path:
-    """25 frames a second, or at uneven times, a key frame every ten; `size` is (width, height)."""
-    times = (np.random.default_rng(0).integers(10, 90, length).cumsum() if uneven else 40 * np.arange(length)).tolist()
-    clock = Fraction(1, 1000) if uneven else Fraction(1, 25)
-    with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
-        stream = container.add_stream(codec, rate=25)
-        width, height = stream.width, stream.height = size
-        odd = codec == "libx264" and (width % 2 or height % 2)
-        stream.pix_fmt = "yuv444p" if odd else "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.codec_context.time_base, stream.codec_context.gop_size = clock, 10
-        for number in range(length):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size), "rgb24")
-            frame.pts, frame.time_base = (times[number] if uneven else number), clock
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def write_turned(path: Path) -> Path:
-    data = bytearray(write_video(path, size=(84, 56)).read_bytes())
-    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *(x << 16 for x in TURN_90))
-    path.write_bytes(data)
-    return path
-
-
-def write_corrupted(path: Path, frames: slice = slice(None)) -> Path:
-    """A video in which the packets of these frames, in the order of the file, are overwritten."""
-    write_video(path)
-    with av.open(str(path)) as container:
-        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][frames]
-    data = bytearray(path.read_bytes())
-    for start, size in places:
-        data[start : start + size] = b"\xff" * size
-    path.write_bytes(data)
-    return path
-
-
-def write_audio(path: Path) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
-        frame.rate, frame.pts = 8000, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
+def write(path: Path, codec: str = H264, **changes) -> Path:
+    return write_video(path, codec, **(SQUARE | changes))
 
 
 GOOD = {
-    "h264.mp4": write_video,
-    "mpeg4.avi": lambda path: write_video(path, "mpeg4"),
-    "vp9.webm": lambda path: write_video(path, "libvpx-vp9"),
-    "mjpeg.mkv": lambda path: write_video(path, "mjpeg"),
-    "h264.ts": write_video,
-    "uneven.mkv": lambda path: write_video(path, uneven=True),
-    "turned.mp4": write_turned,
-    "odd.mp4": lambda path: write_video(path, size=(91, 77)),
-    "small.mp4": lambda path: write_video(path, size=(28, 14)),
-    "short.mp4": lambda path: write_video(path, length=3),
+    "h264.mp4": write,
+    "mpeg4.avi": lambda path: write(path, "mpeg4"),
+    "vp9.webm": lambda path: write(path, "libvpx-vp9"),
+    "mjpeg.mkv": lambda path: write(path, "mjpeg", pix_fmt="yuvj420p", b_frames=0),
+    "h264.ts": write,
+    "uneven.mkv": lambda path: write(path, times=uneven_times()),
+    "turned.mp4": lambda path: turn(write(path.with_suffix(".upright.mp4"), size=(84, 56)), path, 90),
+    "odd.mp4": lambda path: write(path, **ODD),
+    "small.mp4": lambda path: write(path, size=(28, 14)),
+    "short.mp4": lambda path: write(path, length=3),
 }
 BAD = {
-    "corrupted.mp4": (write_corrupted, "none of its frames could be decoded"),
+    "corrupted.mp4": (lambda path: damage(write(path), path, slice(None)), "none of its frames could be decoded"),
     "sound.wav": (write_audio, "audio only"),
     "garbage.mp4": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "undecodable"),
     "empty.mp4": (Path.touch, "empty"),
@@ -172,7 +121,7 @@ def test_segment_numbers_by_hand():
     assert view_frame_numbers(1, Sampling(4, None), 2) == [[0] * 4] * 2
 
 
-@pytest.mark.parametrize("length", [1, 3, 16, 40, 41, 100])
+@pytest.mark.parametrize("length", [1, 3, 41])
 def test_random_segment_numbers_take_every_frame_of_their_segment(length):
     generator = torch.Generator().manual_seed(0)
     seen = [set() for _ in range(4)]
@@ -259,7 +208,8 @@ def test_a_turned_video_is_upright(folder):
     clip = TrainingClips([Entry(folder / "turned.mp4")], Sampling(2, 5), lambda clip, generator: clip, short_side=0)[0]
     assert clip["pixel_values"].shape == (1, 2, 3, 84, 56)
     assert "labels" not in clip
-    assert clip["pixel_values"][..., 2, :].float().std() < 8  # the bars lie
+    first, second = numbers_in(clip["pixel_values"][0].rot90(-1, (-2, -1)))  # it was turned to the left
+    assert second == first + 5
 
 
 def test_repeats_are_drawn_from_one_decoded_clip(good, monkeypatch):
@@ -349,13 +299,7 @@ def test_a_replacement_shows_what_its_label_says(tmp_path):
         if label % 2:
             path.write_bytes(b"nothing")
         else:  # a video of one grey only
-            with av.open(str(path), "w") as container:
-                stream = container.add_stream(H264, rate=25)
-                stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-                for _ in range(10):
-                    grey = np.full((32, 32, 3), 40 + 60 * label, np.uint8)
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
-                container.mux(stream.encode(None))
+            write_frames(path, [np.full((32, 32, 3), 40 + 60 * label, np.uint8)] * 10)
         entries.append(Entry(path, label))
     clips = TrainingClips(entries, Sampling(2, 2), Square(), seed=1)
     labels = []
@@ -377,7 +321,7 @@ def test_where_every_video_is_bad(folder):
 
 
 def test_a_damaged_video_counts_as_bad_where_too_much_is_lost(tmp_path):
-    entry = Entry(write_corrupted(tmp_path / "damaged.mp4", slice(10, 20)), 0)  # the second of four groups
+    entry = Entry(damage(write(tmp_path / "a.mp4"), tmp_path / "b.mp4", slice(10, 20)), 0)  # the second of four groups
     views = TestViews([entry], Sampling(4, None), 1, 1, 28)  # one frame in each group
     with pytest.warns(UserWarning, match="3 of the 4 frames"):
         item = views[0]
@@ -395,13 +339,13 @@ def test_missing_pyav_is_no_bad_video(good, monkeypatch):
         TrainingClips(good, Sampling(), Square())[0]
 
 
-@pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.avi", "h264.ts", "vp9.webm"])
+@pytest.mark.parametrize("name", ["mpeg4.avi", "h264.ts"])
 def test_parts_of_long_videos(folder, name):
     """At 25 frames a second, 0.4 s is frame 10 and 1.2 s frame 30, which is the first one beyond."""
     entry = Entry(folder / name, 1, 0.4, 1.2)
     clips = TrainingClips([entry], Sampling(4, 2), Square())
     starts = set()
-    for epoch in range(60):
+    for epoch in range(40):
         clips.set_epoch(epoch)
         first, *others = numbers_in(clips[0]["pixel_values"][0])
         assert others == [first + 2, first + 4, first + 6]
@@ -504,12 +448,3 @@ def test_views_errors(change, message):
     settings = {"entries": [Entry(Path("a"))], "sampling": Sampling(), "clips": 1, "crops": 1, "size": 28}
     with pytest.raises(ValueError, match=message):
         TestViews(**{**settings, **change})
-
-
-def test_collated_training_items(mixed):
-    clips = TrainingClips(mixed, Sampling(4, 5), Square(), repeats=2)
-    batch = collate([clips[i] for i in range(4)])
-    assert batch["pixel_values"].shape == (4, 2, 4, 3, 28, 28)
-    assert batch["labels"].shape == (4, 2)
-    assert [Path(path).name for path, _ in batch["bad"] if not path.endswith(("empty.mp4", "missing.mp4"))]
-    assert {mixed[1].path.name, mixed[3].path.name} <= {Path(path).name for path, _ in batch["bad"]}
