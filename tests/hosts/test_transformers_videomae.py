@@ -6,8 +6,10 @@ import copy
 import math
 from typing import Any
 
+import host_case
 import pytest
 import torch
+from host_case import gradients
 from torch import Tensor
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from transformers.models.videomae import modeling_videomae
@@ -16,20 +18,19 @@ from versions import set_attention
 import everest_tokens as et
 
 CLASSES = [VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel]
-SHAPES = [
-    pytest.param({}, id="3x4"),
-    pytest.param({"image_size": 32}, id="2x2"),
-    pytest.param({"tubelet_size": 1, "num_frames": 4}, id="tubelet1"),
-    pytest.param({"tubelet_size": 4}, id="tubelet4"),
-    pytest.param({"num_channels": 1}, id="grey"),
-    pytest.param({"num_channels": 4, "patch_size": 8, "image_size": (24, 16)}, id="4channels"),
+SHAPES: list[dict[str, Any]] = [
+    {},  # grid (4, 3, 4)
+    {"image_size": 32},
+    {"tubelet_size": 1, "num_frames": 4},
+    {"tubelet_size": 4},
+    {"num_channels": 1},
+    {"num_channels": 4, "patch_size": 8, "image_size": (24, 16)},
 ]
 
 
 def mask_of(selection: et.TokenSelection) -> Tensor:
     """The bool_masked_pos of transformers that leaves the selection's visible tokens. (B, N), True where masked."""
-    mask = torch.ones(selection.visible.shape[0], math.prod(selection.grid), dtype=torch.bool)
-    return mask.scatter(1, selection.visible, False)
+    return host_case.mask_of(selection.visible, math.prod(selection.grid))
 
 
 def random_selection(model: Any, kept: int, visible: int | None = None, seed: int = 3) -> et.TokenSelection:
@@ -45,10 +46,6 @@ def random_selection(model: Any, kept: int, visible: int | None = None, seed: in
     return et.TokenSelection(order[:, :visible].sort(1).values, order[:, visible:kept].sort(1).values, grid)
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
 def assert_same_gradients(actual: Any, expected: Any, **tolerance: float) -> None:
     actual, expected = gradients(actual), gradients(expected)
     assert actual.keys() == expected.keys()
@@ -61,8 +58,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}  # of float64
 
 
 class TestKeepingEverything:
-    @pytest.mark.parametrize("pooling", [True, False])
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize(("shape", "pooling"), [({}, False), *((shape, True) for shape in SHAPES[1:])])
     @pytest.mark.filterwarnings("ignore:use_mean_pooling")
     def test_classifier_is_transformers(self, make_model, make_clips, shape, pooling):
         plain = make_model(VideoMAEForVideoClassification, use_mean_pooling=pooling, **shape).double()
@@ -94,7 +90,7 @@ class TestKeepingEverything:
 class TestPreTraining:
     @pytest.mark.parametrize(
         ("shape", "norm_pix_loss"),
-        [(shape.values[0], norm) for shape in SHAPES for norm in (True, False)],
+        [*((shape, True) for shape in SHAPES), ({"tubelet_size": 4}, False), ({"num_channels": 1}, False)],
     )
     def test_keeping_everything_is_transformers(self, make_model, make_clips, shape, norm_pix_loss):
         plain = make_model(VideoMAEForPreTraining, norm_pix_loss=norm_pix_loss, **shape).double()
@@ -138,7 +134,7 @@ class TestPreTraining:
         torch.testing.assert_close(patched(clips).loss, plain(clips, mask_of(drawn)).loss, **EXACT)
 
     @pytest.mark.parametrize("norm_pix_loss", [True, False])
-    @pytest.mark.parametrize("shape", SHAPES[:4])
+    @pytest.mark.parametrize("shape", SHAPES[1:3])
     def test_partial_targets_and_decoder(self, make_model, make_clips, monkeypatch, shape, norm_pix_loss):
         plain = make_model(VideoMAEForPreTraining, norm_pix_loss=norm_pix_loss, **shape).double()
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.75), mask_ratio=0.75)
@@ -200,33 +196,8 @@ class TestPreTraining:
         kept = {tuple(et.select_tokens(model, clips).kept[0].tolist()) for _ in range(3)}
         assert len(kept) == 1  # of the same kept tokens
 
-    def test_dual_masking_targets_are_the_kept_that_are_not_visible(self, make_model, make_clips):
-        model = make_model(VideoMAEForPreTraining, image_size=64)
-        et.patch_videomae(model, et.RunningCellSelector(0.5), visible=et.TubeSelector(0.25))
-        selection = et.select_tokens(model, make_clips(model))
-        assert selection.visible.shape == (2, 16)
-        assert selection.target.shape == (2, 24)  # a tube's place is kept every second step: 32 - 16 / 2
-        for visible, target in zip(selection.visible.tolist(), selection.target.tolist(), strict=True):
-            assert not set(visible) & set(target)
-        assert model(make_clips(model), token_selection=selection).logits.shape == (2, 24, 16 * 16 * 2 * 3)
-
 
 class TestPartialKeep:
-    @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("cls", CLASSES)
-    def test_encoder_sees_the_visible_tokens_alone(self, make_model, make_clips, cls, shape):
-        plain = make_model(cls, **shape).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.6), mask_ratio=0.75)
-        clips = make_clips(plain)
-        selection = et.select_tokens(patched, clips)
-        encoder = plain if cls is VideoMAEModel else plain.videomae
-        expected = encoder(clips, bool_masked_pos=mask_of(selection), output_hidden_states=True)
-        actual = patched(clips, token_selection=selection, output_hidden_states=True)
-        assert actual.hidden_states[0].shape[1] == selection.visible.shape[1]
-        torch.testing.assert_close(actual.hidden_states, expected.hidden_states, **EXACT)
-        if cls is VideoMAEModel:
-            torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, **EXACT)
-
     def test_first_kept_token_without_mean_pooling(self, make_model, make_clips):
         model = make_model(VideoMAEForVideoClassification, use_mean_pooling=False)
         with pytest.warns(UserWarning, match="use_mean_pooling"):
@@ -237,8 +208,6 @@ class TestPartialKeep:
         last = model.videomae.layernorm(out.hidden_states[-1])
         torch.testing.assert_close(out.logits, model.classifier(last[:, 0]))
 
-
-class TestUnselectedTokens:
     def test_a_parametrised_projection_trains_its_parametrisation(self, make_model, make_clips):
         plain = make_model(VideoMAEForVideoClassification).double()
         torch.nn.utils.parametrizations.weight_norm(plain.videomae.embeddings.patch_embeddings.projection)
@@ -249,18 +218,6 @@ class TestUnselectedTokens:
 
 
 class TestFrameSampler:
-    def test_importance_is_computed_again_between_the_drawn_steps(self, make_model, make_clips):
-        model = make_model(VideoMAEForVideoClassification)
-        clips = make_clips(model, frames=12)
-        tokens = torch.cat(
-            [model.videomae.embeddings.patch_embeddings(clips[:, i : i + 2]) for i in range(0, 12, 2)], 1
-        )
-        et.patch_videomae(model, et.ReRoSelector(0.5), frame_sampler=et.InfoFrameSampler(1.5)).train()
-        selection = et.select_tokens(model, clips)
-        drawn = tokens.unflatten(1, (6, 12))[torch.arange(2)[:, None], selection.steps]
-        change = (drawn[:, 1:] - drawn[:, :-1]).norm(dim=-1)
-        torch.testing.assert_close(selection.importance, torch.cat([change[:, :1], change], dim=1).flatten(1))
-
     def test_eval_takes_the_most_probable_steps(self, make_model, make_clips):
         model = make_model(VideoMAEForVideoClassification)
         clips = make_clips(model, batch=1, frames=12)
@@ -278,14 +235,14 @@ class TestFrameSampler:
         assert all({2, 4} <= set(pick) for pick in picks)  # the empty steps come only once these two are drawn
 
     @pytest.mark.parametrize(("alpha", "frames"), [(1.3, 20), (1.5, 24), (1.8, 28), (2.0, 32)])
-    @pytest.mark.parametrize("training", [True, False])
-    def test_frame_counts(self, make_model, make_clips, alpha, frames, training):
-        model = make_model(VideoMAEForVideoClassification, num_frames=16, image_size=32).train(training)
+    def test_frame_counts(self, make_model, make_clips, alpha, frames):
+        model = make_model(VideoMAEForVideoClassification, num_frames=16, image_size=32)
         et.patch_videomae(model, frame_sampler=et.InfoFrameSampler(alpha))
-        assert model(make_clips(model, frames=frames)).logits.shape == (2, 5)
-        for wrong in (16, frames - 2, frames + 2):
-            with pytest.raises(ValueError, match=rf"\b{frames}\b.*\b{wrong}\b"):
-                model(make_clips(model, frames=wrong))
+        for training in (True, False):
+            assert model.train(training)(make_clips(model, frames=frames)).logits.shape == (2, 5)
+            for wrong in (16, frames - 2, frames + 2):
+                with pytest.raises(ValueError, match=rf"\b{frames}\b.*\b{wrong}\b"):
+                    model(make_clips(model, frames=wrong))
 
 
 class TestAttentionImplementations:
@@ -295,8 +252,7 @@ class TestAttentionImplementations:
             (VideoMAEForPreTraining, "eager"),
             (VideoMAEForPreTraining, "sdpa"),
             (VideoMAEForVideoClassification, "eager"),
-            (VideoMAEForVideoClassification, "sdpa"),
-            (VideoMAEForVideoClassification, "flex_attention"),  # compiles: slow, so it runs once
+            (VideoMAEForVideoClassification, "flex_attention"),
         ],
     )
     def test_each_gives_transformers_numbers(self, make_model, make_clips, cls, implementation):
@@ -307,11 +263,12 @@ class TestAttentionImplementations:
         clips = make_clips(plain)
         selection = et.select_tokens(patched, clips)
         given = {} if cls is VideoMAEForVideoClassification else {"bool_masked_pos": mask_of(selection)}
-        try:
-            expected = plain(clips, **given)
-        except (NotImplementedError, ImportError) as error:
-            pytest.skip(f"transformers itself cannot run {implementation} here: {error}")
-        torch.testing.assert_close(patched(clips, token_selection=selection).logits, expected.logits)
+        with torch.compiler.set_stance("force_eager"):  # transformers compiles flex attention, which takes a minute
+            try:
+                expected = plain(clips, **given)
+            except (NotImplementedError, ImportError) as error:
+                pytest.skip(f"transformers itself cannot run {implementation} here: {error}")
+            torch.testing.assert_close(patched(clips, token_selection=selection).logits, expected.logits)
 
     @pytest.mark.parametrize("cls", CLASSES)
     def test_attentions_and_hidden_states(self, make_model, make_clips, cls):
@@ -334,34 +291,16 @@ class TestAttentionImplementations:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("how", ["weights", "autocast"])
-    @pytest.mark.parametrize("cls", CLASSES[:2])
-    def test_loss(self, make_model, make_clips, cls, how, dtype):
-        plain = make_model(cls).to(dtype if how == "weights" else torch.float32)
+    def test_loss(self, make_model, make_clips, how):
+        plain = make_model(VideoMAEForPreTraining).to(torch.bfloat16 if how == "weights" else torch.float32)
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
         clips = make_clips(plain)
-        with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
             selection = et.select_tokens(patched, clips)
-            pretraining = cls is VideoMAEForPreTraining
-            given = {"bool_masked_pos": mask_of(selection)} if pretraining else {"labels": torch.tensor([1, 4])}
-            labels = {} if pretraining else given
-            expected, actual = plain(clips, **given).loss, patched(clips, **labels, token_selection=selection).loss
+            expected, actual = plain(clips, mask_of(selection)).loss, patched(clips, token_selection=selection).loss
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-class TestGradientCheckpointing:
-    def test_frozen_embeddings_with_input_require_grads(self, make_model, make_clips):
-        plain = make_model(VideoMAEForVideoClassification).double().train()
-        plain.videomae.embeddings.requires_grad_(False)
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        for model in (plain, patched):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-            model.enable_input_require_grads()  # what PEFT does: a hook on the patch embeddings
-            model(make_clips(plain), labels=torch.tensor([1, 4])).loss.backward()
-        assert_same_gradients(patched, plain, **EXACT)
 
 
 class TestDropPath:
