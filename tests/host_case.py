@@ -24,7 +24,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import everest_tokens as et
 
@@ -307,6 +309,17 @@ def weighted(output: Tensor) -> Tensor:
     """A loss whose gradient is another one for each output."""
     weight = torch.linspace(-1, 2, output.numel(), dtype=output.dtype)
     return (output * weight.view_as(output)).sum()
+
+
+def counted_by_torch(model: Any, *args: Any) -> float:
+    """Half of what FlopCounterMode counts: for it a multiply–accumulate is two."""
+    model = copy.deepcopy(model).requires_grad_(False)  # it stumbles over parameters as arguments
+    for module in model.modules():  # it doesn't count fused attention on the CPU
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(*args)
+    return counter.get_total_flops() / 2
 
 
 def mask_of(index: Tensor, total: int) -> Tensor:

@@ -52,33 +52,14 @@ def still_tokens(grid: tuple[int, int, int], size: int = 4) -> Tensor:
 # How many
 
 
-@pytest.mark.parametrize(
-    ("ratio", "count", "expected"),
-    [
-        (0.1, 1000, 100),
-        (0.3, 1568, 470),
-        (0.6, 1568, 940),
-        (0.29, 100, 29),
-        (0.58, 100, 58),
-        (0.07, 100, 7),
-        (0.7, 10, 7),
-        (1 / 3, 3, 1),
-        (2 / 3, 1569, 1046),
-        (0.999, 1000, 999),
-        (0.666666, 3, 1),  # 1.999998
-        (1.0, 1568, 1568),
-        (1, 1568, 1568),
-        (0.0051, 196, 0),
-    ],
-)
 @pytest.mark.parametrize("cls", [ReRoSelector, RandomSelector])
-def test_count_is_the_floor_of_what_the_decimal_says(cls, ratio, count, expected):
-    selector = cls(ratio)
-    if expected == 0:
-        with pytest.raises(ValueError, match=r"0\.0051.*\(1, 1, 196\).*196 tokens"):
-            selector.num_kept((1, 1, count))
-    else:
-        assert selector.num_kept((1, 1, count)) == expected
+def test_count_is_the_floor_of_what_the_decimal_says(cls):
+    for ratio, count in ((0.1, 1000), (0.3, 1568), (0.6, 1568), (0.29, 100), (0.58, 100), (0.07, 100), (0.7, 10)):
+        assert cls(ratio).num_kept((1, 1, count)) == math.floor(Fraction(str(ratio)) * count)
+    for ratio, count, expected in ((1 / 3, 3, 1), (2 / 3, 1569, 1046), (0.666666, 3, 1), (1.0, 1568, 1568), (1, 9, 9)):
+        assert cls(ratio).num_kept((1, 1, count)) == expected
+    with pytest.raises(ValueError, match=r"0\.0051.*\(1, 1, 196\).*196 tokens"):
+        cls(0.0051).num_kept((1, 1, 196))
 
 
 @given(text=st.from_regex(r"0\.[0-9]{0,5}[1-9]", fullmatch=True), count=st.integers(1, 40_000))
@@ -122,16 +103,6 @@ def test_ranking_against_brute_force(distance, descending, clip, ratio):
         assert row == sorted(ranked[:kept])
 
 
-@given(clip=integer_clips)
-def test_l2_importance_in_numbers(clip):
-    grid, size, seed = clip
-    tokens = integer_tokens(grid, size, seed)
-    importance = ReRoSelector().importance(tokens, grid)
-    assert importance.dtype == torch.float32
-    for row, values in zip(importance, tokens.int().tolist(), strict=True):
-        np.testing.assert_allclose(row.numpy() ** 2, change_by_hand(values, grid), rtol=1e-6)
-
-
 def test_importance_by_hand():
     # Two places over three steps: (0,0) -> (3,4) -> (3,4) and (1,1) -> (1,1) -> (1,3).
     tokens = torch.tensor([[[0.0, 0], [1, 1], [3, 4], [1, 1], [3, 4], [1, 3]]])
@@ -163,22 +134,6 @@ def test_ranking_by_angle_and_correlation(distance, descending):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@given(grid=grids, seed=st.integers(0, 10**6))
-def test_the_first_step_ties_with_the_second(distance, grid, seed):
-    area = grid[1] * grid[2]
-    tokens = torch.randn(2, math.prod(grid), 6, generator=torch.Generator().manual_seed(seed))
-    importance = ReRoSelector(distance=distance).importance(tokens, grid)
-    assert torch.equal(importance[:, :area], importance[:, area : 2 * area])
-
-
-def test_the_tie_of_the_first_two_steps_goes_to_the_first():
-    tokens = torch.zeros(1, 12, 2)  # grid (3, 2, 2)
-    tokens[0, 4 + 2 :: 4] = 1.0  # place 2 changes once, from step 0 to step 1
-    assert ReRoSelector(1 / 12)(tokens, (3, 2, 2)).tolist() == [[2]]
-    assert ReRoSelector(2 / 12)(tokens, (3, 2, 2)).tolist() == [[2, 6]]
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("descending", [True, False])
 @pytest.mark.parametrize("grid", [VIT, (5, 3, 7)])
 def test_a_static_clip_keeps_the_first_tokens(distance, descending, grid):
@@ -200,26 +155,6 @@ def test_a_patch_that_moves_is_kept_where_it_was_and_where_it_is(distance, grid)
     expected = [i * h * w + j for i in range(t) for j in sorted(moved[i])]
     assert len(expected) == 2 * t
     assert ReRoSelector(2 / (h * w), distance)(tokens, grid).tolist() == [expected]
-
-
-@pytest.mark.parametrize(("jump", "kept_step"), [(1, 0), (2, 2), (3, 3), (4, 4)])
-def test_a_jump_of_brightness_keeps_the_step_after_it(jump, kept_step):
-    grid, area = (5, 3, 4), 12
-    tokens = still_tokens(grid)
-    tokens[:, jump * area :] += 10  # at step 1 the first step ties with it, and comes first
-    kept = ReRoSelector(1 / 5)(tokens, grid)
-    assert kept.tolist() == [list(range(kept_step * area, (kept_step + 1) * area))]
-
-
-def test_the_least_changed_avoid_what_moves():
-    grid, area = (4, 2, 3), 6
-    tokens = still_tokens(grid)
-    moving = (1, 4)
-    for i in range(4):
-        for j in moving:
-            tokens[0, i * area + j] += i
-    kept = ReRoSelector(16 / 24, descending=False)(tokens, grid)
-    assert kept.tolist() == [[n for n in range(24) if n % area not in moving]]
 
 
 # Precision
@@ -376,13 +311,6 @@ def test_longer_clips(steps, expected):
     assert ReRoSelector(0.3)(tokens, grid).tolist() == [list(range(total - expected, total))]
 
 
-def test_rows_and_columns_are_not_swapped():
-    grid = (2, 2, 5)
-    tokens = torch.zeros(1, 2, 2, 5, 3)
-    tokens[0, 1, 1, 2] = 1  # row 1, column 2: token 10 + 5 + 2, and 5 + 2 of the first step
-    assert ReRoSelector(0.1)(tokens.flatten(1, 3), grid).tolist() == [[7, 17]]
-
-
 @pytest.mark.parametrize("cls", SELECTORS)
 @pytest.mark.parametrize("shape", [(2, 15, 4), (2, 17, 4), (16, 4), (2, 4, 2, 2, 4)])
 def test_tokens_that_do_not_fit_the_grid_are_told_their_shape(cls, shape):
@@ -473,16 +401,10 @@ def test_rero_draws_nothing(global_rng_untouched):
 
 def test_random_sets_are_uniform_and_independent_across_clips(check_frequencies):
     sets = list(combinations(range(4), 2))
-    kept = RandomSelector(0.5)(torch.zeros(7200, 4, 1), (2, 1, 2))
+    tokens = torch.tensor([9.0, 0, 0, 1]).view(1, 4, 1).expand(7200, 4, 1)  # which it doesn't look at
+    kept = RandomSelector(0.5)(tokens, (2, 1, 2))
     check_frequencies(kept, dict.fromkeys(sets, 1 / 6))
     check_frequencies(kept.view(-1, 4), {a + b: 1 / 36 for a in sets for b in sets})  # neighbours in the batch
-
-
-def test_random_tokens_ignore_the_video():
-    tokens = torch.zeros(400, 16, 2)
-    tokens[:, 5] = 100
-    often = (RandomSelector(0.5)(tokens, (4, 2, 2)) == 5).sum().item()
-    assert abs(often - 200) < 4.5 * 10  # binomial: a standard deviation of 10
 
 
 @pytest.mark.parametrize(

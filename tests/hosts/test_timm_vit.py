@@ -43,8 +43,7 @@ from timm_models import (
     temporal_of,
     tubelet_tokens,
 )
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 import everest_tokens as et
 
@@ -474,41 +473,6 @@ class TestRefusals:
 
 
 class TestCountFlops:
-    @staticmethod
-    def counted(model: Any, x: Tensor) -> float:
-        """Half of what torch counts: for it a multiply–accumulate is two."""
-        model = copy.deepcopy(model).requires_grad_(False)  # torch's counter stumbles over parameters as arguments
-        for module in model.modules():  # torch doesn't count fused attention on the CPU
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x)
-        return counter.get_total_flops() / 2
-
-    @pytest.mark.parametrize(
-        ("name", "overrides"),
-        [
-            family(VIT, {"mlp_ratio": 1.5, "global_pool": "avg"}, id="narrow-mlp"),
-            family("deit_tiny_distilled_patch16_224", {}),
-            family(CLIP, {"num_classes": 0}, id="clip-without-head"),
-            family(VIT, {"global_pool": "map"}, id="map-without-prefix"),
-            family("vit_small_patch16_18x2_224", {}, id="parallel"),
-            family("vit_giant_patch14_dinov2", {"img_size": (28, 42), "mlp_ratio": 5.0}, id="swiglu-packed"),
-            family("eva02_base_patch14_224", {"img_size": (28, 42)}, id="swiglu"),
-        ],
-    )
-    def test_models_outside_the_contract(self, name, overrides):
-        model = build(name, **{"embed_dim": 64, **overrides})
-        images = build_clips(model, batch=1, frames=1)[:, :, 0]
-        assert et.count_flops(model).total == pytest.approx(self.counted(model, images), rel=0.005)
-        et.patch_videomae(model, et.ReRoSelector(0.3), num_frames=8)
-        count = et.count_flops(model)
-        counted = self.counted(model, build_clips(model, batch=1, frames=8))
-        assert count.total == pytest.approx(counted, rel=0.005)
-        assert count.decoder == 0
-        assert count.selection == 3 * 6 * 64  # l2: one product a channel of each pair
-        assert count.patch_embedding == 24 * 64 * 3 * 2 * math.prod(model.patch_embed.patch_size)
-
     def test_a_full_size_model(self):
         # ViT-B over 8·14·14 tokens is VideoMAE's ViT-B (180.5 GFLOPs in Table 1); a block counts alike twelve times.
         model = VisionTransformer(depth=1, num_classes=400, class_token=False, global_pool="avg").to("meta")

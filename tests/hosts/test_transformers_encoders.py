@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from host_case import state_of, unchanged
-from host_contract import CASES, VJEPA2Model, build_encoder
+from host_contract import CASES
+from host_models import VJEPA2Model, build_encoder
 from torch import nn
 from transformers import TimesformerConfig, TimesformerModel, Trainer, TrainingArguments
 
@@ -219,16 +220,6 @@ def test_replaced_parts_are_refused(name):
     embeddings.embeddings.__class__ = type("MyEmbeddings", (own,), {"__module__": "mine"})
     with pytest.raises(TypeError, match="MyEmbeddings is not transformers' own"):
         et.patch_videomae(model)
-
-
-def test_a_model_that_contains_one_is_told_which_part_to_patch():
-    class Mine(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vivit = CASE["VivitModel"].build(0)
-
-    with pytest.raises(TypeError, match=r"patch_videomae\(model\.vivit\)"):
-        et.patch_videomae(Mine())
 
 
 def test_one_time_step_is_too_few():

@@ -1,4 +1,4 @@
-"""Patched models of the VideoMAE family's own classes, against the unpatched reference modules run by hand."""
+"""What the VideoMAE family's own classes have of their own; numbers and gradients are the host contract's."""
 
 from __future__ import annotations
 
@@ -20,18 +20,16 @@ from family_models import (
     PreTrainingModel,
     randomize,
 )
-from host_case import gradients, mask_of, structure, unchanged
+from host_case import counted_by_torch, gradients, mask_of, structure, unchanged, weighted
+from host_models import fine_tuning, pretraining
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import VideoMAEForVideoClassification
 
 import everest_tokens as et
 
-EXACT = {"rtol": 1e-9, "atol": 1e-11}  # of float64
-FAMILIES = ["videomae", "videomaev2", "mme", "mvd", "everest"]
 PRE_TRAINING = ["videomae", "videomaev2", "everest"]
 
 
@@ -43,57 +41,8 @@ def build_pretraining(family: str = "videomae", **options: Any) -> Any:
     return randomize(PreTrainingModel(family, **options))
 
 
-def patch_embed_of(model: Any) -> Any:
-    return (model.encoder if hasattr(model, "encoder") else model).patch_embed
-
-
-def grid_of(model: Any) -> tuple[int, int, int]:
-    patches = patch_embed_of(model)
-    h, w = (side // patch for side, patch in zip(patches.img_size, patches.patch_size, strict=True))
-    return patches.num_patches // (h * w), h, w
-
-
-def clips_for(model: Any, batch: int = 2, frames: int | None = None, seed: int = 1) -> Tensor:
-    """(B, C, T, H, W) of the model's dtype."""
-    patches = patch_embed_of(model)
-    frames = frames or grid_of(model)[0] * patches.tubelet_size
-    shape = (batch, patches.proj.in_channels, frames, *patches.img_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(patches.proj.weight.dtype)
-
-
-def logits_by_hand(plain: Any, clips: Tensor, chosen: Tensor) -> Tensor:
-    """The unpatched model on the chosen tokens alone; MME's shuffle is the same at every call."""
-    tokens = plain.patch_embed(clips)
-    tokens = tokens + plain.pos_embed.detach().to(tokens.dtype)
-    torch.manual_seed(11)
-    features = plain.run_tokens(torch.stack([clip[row] for clip, row in zip(tokens, chosen, strict=True)]))
-    return plain.run_head(features)
-
-
-def run(model: Any, *args: Any, **kwargs: Any) -> Any:
-    torch.manual_seed(11)
-    return model(*args, **kwargs)
-
-
-def run_by_hand(plain: Any, clips: Tensor, selection: et.TokenSelection) -> Tensor:
-    """The unpatched pre-training model's prediction of the targets from the visible tokens."""
-    total = math.prod(selection.grid)
-    return plain.run_masked(clips, mask_of(selection.visible, total), ~mask_of(selection.target, total))
-
-
-def random_selection(model: Any, visible: int, kept: int | None = None, batch: int = 2) -> et.TokenSelection:
-    """Random tokens, made without the library's own selecting."""
-    generator = torch.Generator().manual_seed(3)
-    grid = grid_of(model)
-    order = torch.stack([torch.randperm(math.prod(grid), generator=generator) for _ in range(batch)])
-    target = None if kept is None else order[:, visible:kept].sort(1).values
-    return et.TokenSelection(order[:, :visible].sort(1).values, target, grid)
-
-
-def drawn_frames(clips: Tensor, steps: Tensor, tubelet: int = 2) -> Tensor:
-    """The clips of the drawn candidate steps (B, t), by plain loops."""
-    frames = [[tubelet * step + i for step in row for i in range(tubelet)] for row in steps.tolist()]
-    return torch.stack([clip[:, row] for clip, row in zip(clips, frames, strict=True)])
+def clips(batch: int = 2, frames: int = 8, size: tuple[int, int] = (48, 64), dtype: Any = torch.float64) -> Tensor:
+    return torch.randn(batch, 3, frames, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def patches_of(clips: Tensor) -> Tensor:
@@ -101,12 +50,9 @@ def patches_of(clips: Tensor) -> Tensor:
     return rearrange(clips, "b c (t f) (h p) (w q) -> b (t h w) (f p q c)", f=2, p=16, q=16)
 
 
-def assert_same_gradients(actual: Any, expected: Any, **tolerance: float) -> None:
-    actual, expected = gradients(actual), gradients(expected)
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 0, f"{name}: a reference gradient of zero proves nothing"
-        torch.testing.assert_close(actual[name], gradient, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(11)
+    return model(*args, **kwargs)
 
 
 class TestFineTuning:
@@ -116,7 +62,7 @@ class TestFineTuning:
         assert model.no_weight_decay() == {"pos_embed", "cls_token"}
         assert model.get_classifier() is model.head
         model.reset_classifier(7)
-        assert model(clips_for(model)).shape == (2, 7)
+        assert model(clips(dtype=torch.float32)).shape == (2, 7)
 
     @pytest.mark.parametrize("what", ["normalised pixels", "norm", "scale", "dropout"])
     def test_a_patch_embed_that_does_more_than_project_trains_right(self, what):
@@ -131,17 +77,17 @@ class TestFineTuning:
             "scale": nn.Parameter(torch.ones(32, dtype=torch.float64)),  # changes nothing before it is trained
             "dropout": nn.Dropout(0.5),  # changes nothing in eval
         }
-        plain = build().double()
+        case = fine_tuning("videomae")
+        plain = case.plain()
         plain.patch_embed.__class__ = Own
         plain.patch_embed.more = more.get(what)
         patched = et.patch_videomae(copy.deepcopy(plain.eval())).train()
-        clips, selection = clips_for(plain), random_selection(plain, visible=20)
-        torch.manual_seed(5)
-        (expected := logits_by_hand(plain.train(), clips, selection.visible)).sum().backward()
-        torch.manual_seed(5)
-        (actual := patched(clips, token_selection=selection)).sum().backward()
-        torch.testing.assert_close(actual, expected, **EXACT)
-        assert_same_gradients(patched, plain, **EXACT)
+        expected = case.expected(plain.train(), clips(), case.selection())
+        actual = case.run(patched, clips(), case.selection())
+        case.close(actual, expected)
+        weighted(expected).backward()
+        weighted(actual).backward()
+        case.close_gradients(patched, plain)
 
 
 class TestPositions:
@@ -155,7 +101,7 @@ class TestPositions:
 
         for failure in (contextlib.nullcontext(), pytest.raises(RuntimeError)):
             with failure:
-                patched(clips_for(plain))
+                patched(clips(dtype=torch.float32))
             assert torch.equal(patched.pos_embed, plain.pos_embed)
             assert isinstance(patched.pos_embed, nn.Parameter) == learnable
             patched.blocks[1].register_forward_pre_hook(out_of_memory)
@@ -165,11 +111,9 @@ class TestPositions:
         [(True, "loaded"), (True, "in place"), (True, "replaced"), (False, "in place"), (False, "replaced")],
     )
     def test_a_table_changed_after_patching_is_used(self, learnable, how):
-        plain = build(use_learnable_pos_emb=learnable).double()
-        patched = et.patch_videomae(copy.deepcopy(plain))
-        clips = clips_for(plain)
-        before = patched(clips)
-        other = torch.randn(1, 48, 32, dtype=torch.float64)
+        case = fine_tuning("videomae", use_learnable_pos_emb=learnable)
+        plain, patched = case.plain(), case.patch(case.plain())
+        before, other = patched(clips()), torch.randn(1, 48, 32, dtype=torch.float64)
         if how == "loaded":
             patched.load_state_dict({**plain.state_dict(), "pos_embed": other})
         elif how == "in place":
@@ -177,11 +121,20 @@ class TestPositions:
         else:
             patched.pos_embed = nn.Parameter(other) if learnable else other
         plain.pos_embed.data = other
-        chosen = et.select_tokens(patched, clips).visible
-        torch.testing.assert_close(patched(clips), logits_by_hand(plain, clips, chosen), rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(patched(clips), before, rtol=1e-3, atol=1e-3)
-        et.unpatch_videomae(patched)
-        torch.testing.assert_close(patched(clips), plain(clips), rtol=1e-5, atol=1e-5)
+        selection = et.select_tokens(patched, clips())
+        case.close(patched(clips()), case.expected(plain, clips(), selection), 1e-6)
+        assert not torch.allclose(patched(clips()), before, rtol=1e-3, atol=1e-3)
+        case.close(et.unpatch_videomae(patched)(clips()), plain(clips()), 1e-6)
+
+    def test_those_of_pretraining_too(self):
+        case = pretraining("videomae")
+        plain, patched = case.plain(), case.patch(case.plain())
+        for model in (plain, patched):
+            generator = torch.Generator().manual_seed(8)
+            model.pos_embed = torch.randn(1, 48, 24, generator=generator)
+            model.encoder.pos_embed = torch.randn(1, 48, 32, generator=generator)
+        actual = case.run(patched, clips(), case.selection())
+        case.close(actual, case.expected(plain, clips(), case.selection()))
 
     def test_learned_ones_stay_the_optimizers(self):
         model = build(use_learnable_pos_emb=True)
@@ -192,111 +145,87 @@ class TestPositions:
             assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
-class TestUnpatching:
-    @pytest.mark.parametrize("kind", [build, build_pretraining])
-    def test_takes_back_fused_attention_and_drop_path(self, kind):
-        model = kind(drop_path_rate=0.2).train()
-        before = structure(model)
-        et.patch_videomae(model, drop_path=0.5, fused_attention=True)
-        clips = clips_for(model)
-        expected = run(model.eval(), clips)
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            with Attentions() as attentions:
-                torch.testing.assert_close(run(copied, clips), expected, rtol=0, atol=0)
-            assert attentions.dropouts == [0.0] * len(attentions.dropouts) != []
-            assert structure(et.unpatch_videomae(copied.train())) == before
-        assert structure(et.unpatch_videomae(et.patch_videomae(model.train()))) == before
-
-
 class TestEverestsOwnSelection:
     def test_is_off_while_patched(self):
-        plain = build("everest", mcm=True, mcm_ratio=0.4).double()  # drops 40 %
-        patched = et.patch_videomae(copy.deepcopy(plain))
-        clips = clips_for(plain)
-        with_its_own = plain(clips)
-        torch.testing.assert_close(patched(clips), with_its_own, **EXACT)  # the same tokens
+        case = fine_tuning("everest", mcm=True, mcm_ratio=0.4)  # drops 40 %
+        plain, patched = case.plain(), et.patch_videomae(case.plain())
+        with_its_own = plain(clips())
+        case.close(patched(clips()), with_its_own)  # the same tokens
         assert patched.mcm is False
         patched.everest.selector.keep_ratio = 1.0
-        without = copy.deepcopy(plain)
-        without.mcm = False
-        torch.testing.assert_close(patched(clips), without(clips), **EXACT)
-        assert not torch.allclose(with_its_own, without(clips))
+        plain.mcm = False
+        case.close(patched(clips()), plain(clips()))
+        assert not torch.allclose(with_its_own, plain(clips()))
         et.unpatch_videomae(patched)
         assert (patched.mcm, patched.mcm_ratio) == (True, 0.4)
-        torch.testing.assert_close(patched(clips), with_its_own, **EXACT)
+        case.close(patched(clips()), with_its_own)
 
     def test_is_off_while_patched_in_pretraining(self):
-        model = build_pretraining("everest", mcm=True)
-        clips, mask = clips_for(model), torch.ones(2, 48, dtype=torch.bool)
-        expected = run(model, clips, mask)
+        model, mask = build_pretraining("everest", mcm=True).double(), torch.ones(2, 48, dtype=torch.bool)
+        expected = run(model, clips(), mask)
         et.patch_videomae(model, et.ReRoSelector(1.0))
-        assert model(clips)[0].shape[1] == 44
+        assert model(clips())[0].shape[1] == 44
         assert et.unpatch_videomae(model).encoder.mcm is True
-        torch.testing.assert_close(run(model, clips, mask), expected, rtol=0, atol=0)
+        torch.testing.assert_close(run(model, clips(), mask), expected, rtol=0, atol=0)
         assert et.unpatch_videomae(et.patch_videomae(build("everest"))).mcm is False  # where it was off
 
 
 class TestPreTraining:
     @pytest.mark.parametrize("family", PRE_TRAINING)
     def test_videomaes_own_masking_is_the_model_with_the_same_mask(self, family):
-        plain = build_pretraining(family).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.RandomSelector(1.0), visible=et.TubeSelector(0.5))
-        clips = clips_for(plain)
-        selection = et.select_tokens(patched, clips)
+        case = pretraining(family)
+        plain, patched = case.plain(), case.plain()
+        et.patch_videomae(patched, et.RandomSelector(1.0), visible=et.TubeSelector(0.5))
+        selection = et.select_tokens(patched, clips())
         hidden = mask_of(selection.visible, 48)
         tubes = hidden.unflatten(1, (4, 12))
         assert (tubes == tubes[:, :1]).all()
         assert (~tubes).sum(2).eq(6).all()
-        expected = plain(clips, hidden)
-        actual, (visible_mask, target_mask) = patched(clips, token_selection=selection)
-        torch.testing.assert_close(actual, expected[0] if family == "everest" else expected, **EXACT)
+        actual, (visible_mask, target_mask) = patched(clips(), token_selection=selection)
+        case.close(actual, case.output(plain(clips(), hidden)))
         assert visible_mask.dtype == target_mask.dtype == torch.bool
         assert torch.equal(visible_mask, hidden)
         assert torch.equal(target_mask, ~hidden)
 
     @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_the_masks_that_come_out_are_the_defaults(self, family):
-        patched = et.patch_videomae(build_pretraining(family))
-        clips = clips_for(patched)
+    def test_the_defaults_and_their_masks(self, family):
+        patched = et.patch_videomae(build_pretraining(family).double())
         policy = patched.everest
         assert (policy.selector.keep_ratio, policy.mask_ratio, policy.visible) == (0.3, 0.9, None)
         torch.manual_seed(11)
-        selection = et.select_tokens(patched, clips)
+        selection = et.select_tokens(patched, clips())
         assert selection.visible.shape == (2, 4)  # ⌊0.1 · 48⌋
         assert selection.target.shape == (2, 10)  # ⌊0.3 · 48⌋ = 14 are kept
-        _, masks = run(patched, clips)  # the same seed draws the same tokens
+        _, masks = run(patched, clips())  # the same seed draws the same tokens
         assert torch.equal(masks[0], mask_of(selection.visible, 48))
         assert torch.equal(masks[1], mask_of(selection.target, 48))
 
     @pytest.mark.parametrize("family", PRE_TRAINING)
     def test_a_mask_is_ignored(self, family):
-        model = et.patch_videomae(build_pretraining(family))
-        clips = clips_for(model)
-        expected = run(model, clips)
+        model = et.patch_videomae(build_pretraining(family).double())
+        expected = run(model, clips())
         mask = torch.ones(2, 48, dtype=torch.bool)  # would leave nothing visible
-        calls = [((mask,), {}), ((), {"mask": mask})]
+        calls: list[Any] = [((mask,), {}), ((), {"mask": mask})]
         if family == "videomaev2":
             calls += [((mask, mask), {}), ((mask,), {"decode_mask": mask}), ((mask, None), {})]
         for args, kwargs in calls:
-            torch.testing.assert_close(run(model, clips, *args, **kwargs), expected, rtol=0, atol=0)
+            torch.testing.assert_close(run(model, clips(), *args, **kwargs), expected, rtol=0, atol=0)
 
     def test_v2s_dual_masking(self):
-        plain = build_pretraining("videomaev2", img_size=(32, 64)).double()  # grid (4, 2, 4)
+        plain, videos = build_pretraining("videomaev2", img_size=(32, 64)).double(), clips(size=(32, 64))
         patched = et.patch_videomae(copy.deepcopy(plain), et.RunningCellSelector(0.5), visible=et.TubeSelector(0.25))
-        clips = clips_for(plain)
-        selection = et.select_tokens(patched, clips)
+        selection = et.select_tokens(patched, videos)  # grid (4, 2, 4)
         assert selection.visible.shape == (2, 8)
         assert selection.target.shape == (2, 12)  # 16 kept, of which every tube has its place half of the time
-        prediction, _ = patched(clips, token_selection=selection)
+        prediction, _ = patched(videos, token_selection=selection)
         hidden = mask_of(selection.visible, 32)
-        expected = plain(clips, hidden, decode_mask=mask_of(selection.target, 32))  # V2's own: False is decoded
-        torch.testing.assert_close(prediction, expected, **EXACT)
+        expected = plain(videos, hidden, decode_mask=mask_of(selection.target, 32))  # V2's own: False is decoded
+        torch.testing.assert_close(prediction, expected)
 
     def test_everests_training_loop_runs_as_it_is(self):
-        plain = build_pretraining("everest", mcm=True).double().train()
-        model = et.patch_videomae(copy.deepcopy(plain))
-        videos = clips_for(plain)
-        bool_masked_pos = torch.ones(2, 48, dtype=torch.bool)
+        case = pretraining("everest", mcm=True)
+        plain, model = case.plain().train(), et.patch_videomae(case.plain()).train()
+        videos, bool_masked_pos = clips(), torch.ones(2, 48, dtype=torch.bool)
         videos_patch = patches_of(videos)
 
         # the loop's own five lines
@@ -319,42 +248,23 @@ class TestPreTraining:
                 difference = prediction[clip, place] - block.permute(1, 2, 3, 0).flatten()
                 total = total + difference.square().sum()
         expected = total / labels.numel()
-        torch.testing.assert_close(loss, expected, **EXACT)
+        case.close(loss, expected)
         expected.backward()
-        assert_same_gradients(model, plain, **EXACT)
+        case.close_gradients(model, plain)
 
-    def test_position_tables_changed_after_patching_are_used(self):
-        plain = build_pretraining().double()
-        patched = et.patch_videomae(copy.deepcopy(plain))
-        clips, selection = clips_for(plain), random_selection(plain, visible=4, kept=14)
-        for model in (plain, patched):
-            generator = torch.Generator().manual_seed(8)
-            model.pos_embed = torch.randn(1, 48, 24, generator=generator)
-            model.encoder.pos_embed = torch.randn(1, 48, 32, generator=generator)
-        prediction, _ = patched(clips, token_selection=selection)
-        torch.testing.assert_close(prediction, run_by_hand(plain, clips, selection), **EXACT)
-
-
-class TestFrameSampler:
     @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_pretraining_masks_are_over_the_candidates_tokens(self, family):
-        plain = build_pretraining(family).double().train()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.5), frame_sampler=et.InfoFrameSampler(1.5))
-        clips = clips_for(plain, frames=12)
+    def test_masks_are_over_the_candidates_tokens_with_a_frame_sampler(self, family):
+        """... so that a training loop finds the pixels of the prediction in the clips that it passed in."""
+        patched = et.patch_videomae(build_pretraining(family).double(), frame_sampler=et.InfoFrameSampler(1.5)).train()
+        videos = clips(frames=12)
         torch.manual_seed(11)
-        selection = et.select_tokens(patched, clips)
-        prediction, masks = run(patched, clips)
+        selection = et.select_tokens(patched, videos)
+        _, masks = run(patched, videos)
         for mask, chosen in zip(masks, (selection.visible, selection.target), strict=True):
             assert mask.shape == (2, 72)
             for clip, row in enumerate(chosen.tolist()):
                 there = [12 * int(selection.steps[clip, token // 12]) + token % 12 for token in row]
                 assert (~mask[clip]).nonzero().flatten().tolist() == sorted(there)
-        expected = run_by_hand(plain, drawn_frames(clips, selection.steps), selection)
-        torch.testing.assert_close(prediction, expected, **EXACT)
-        # ... so that a training loop finds the pixels of the prediction in the clips that it passed in
-        labels = patches_of(clips)[~masks[1]].reshape(2, -1, 1536)
-        short = patches_of(drawn_frames(clips, selection.steps))
-        assert torch.equal(labels, torch.stack([clip[row] for clip, row in zip(short, selection.target, strict=True)]))
 
 
 class Attentions(TorchFunctionMode):
@@ -371,69 +281,54 @@ class Attentions(TorchFunctionMode):
 
 
 class TestFusedAttention:
-    @pytest.mark.parametrize(
-        ("family", "options"),
-        [*((family, {}) for family in FAMILIES), ("videomae", {"qkv_bias": False}), ("mvd", {"init_values": 0.1})],
-    )
-    def test_fine_tuning_gives_the_same_numbers_and_gradients(self, family, options):
-        plain = build(family, **options).double().train()
-        patched = et.patch_videomae(copy.deepcopy(plain), fused_attention=True)
-        for model in (plain, patched):
-            model.blocks[1].attn.scale = 0.7  # the model's own scale counts, not the head's width
-        clips = clips_for(plain)
-        chosen = et.select_tokens(patched, clips).visible
-        with Attentions() as attentions:
-            actual = run(patched, clips)
-        assert attentions.dropouts == [0.0, 0.0]
-        expected = logits_by_hand(plain, clips, chosen)
-        torch.testing.assert_close(actual, expected, **EXACT)
-        expected.sum().backward()
-        actual.sum().backward()
-        assert_same_gradients(patched, plain, **EXACT)
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_pretraining_fuses_the_decoder_too(self, family):
-        plain = build_pretraining(family, decoder_depth=3).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), fused_attention=True)
-        clips, selection = clips_for(plain), random_selection(plain, visible=4, kept=14)
-        with Attentions() as attentions:
-            prediction, _ = patched(clips, token_selection=selection)
-        assert len(attentions.dropouts) == 5
-        torch.testing.assert_close(prediction, run_by_hand(plain, clips, selection), **EXACT)
-
-    def test_attention_dropout_in_training_alone(self):
-        plain = build(attn_drop_rate=0.3, drop_rate=0.1).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), fused_attention=True)
-        clips = clips_for(plain)
-        everything = torch.arange(48).expand(2, -1)
-        for training, rate in ((True, 0.3), (False, 0.0)):
-            for model in (plain, patched):
-                model.train(training)
-            # the unfused kernel draws what nn.Dropout draws
-            with sdpa_kernel(SDPBackend.MATH), Attentions() as attentions:
-                actual = run(patched, clips)
-            assert attentions.dropouts == [rate, rate]
-            torch.testing.assert_close(actual, logits_by_hand(plain, clips, everything), **EXACT)
-
-    def test_not_unless_asked_and_not_after_unpatching(self):
-        model = et.patch_videomae(build())
-        clips = clips_for(model)
+    @pytest.mark.parametrize(("case", "attentions"), [(fine_tuning("videomae"), 2), (pretraining("everest"), 4)])
+    def test_runs_where_asked_and_not_after_unpatching(self, case, attentions):
+        model = case.build(0)
         for patch, fused in (
-            (lambda model: model, 0),
-            (lambda model: et.patch_videomae(model, fused_attention=True), 2),
-            (et.unpatch_videomae, 0),
+            (case.patch, 0),
+            (lambda model: case.patch(model, fused_attention=True), attentions),  # the decoder's too
         ):
             patch(model)
+            with Attentions() as counted:
+                model(clips(dtype=torch.float32))
+            assert len(counted.dropouts) == fused
+        et.unpatch_videomae(model)
+        with Attentions() as counted:
+            case.own_output(model)
+        assert not counted.dropouts
+
+    def test_the_models_own_scale_counts(self):
+        case = fine_tuning("videomae")
+        plain, patched = case.plain(), case.patch(case.plain(), fused_attention=True)
+        for model in (plain, patched):
+            model.blocks[1].attn.scale = 0.7  # not the head's width
+        case.close(case.run(patched, clips(), case.selection()), case.expected(plain, clips(), case.selection()))
+
+    def test_attention_dropout_in_training_alone(self):
+        case = fine_tuning("videomae", attn_drop_rate=0.3, drop_rate=0.1)
+        plain, patched = case.plain(), case.patch(case.plain(), fused_attention=True)
+        for training, rate in ((True, 0.3), (False, 0.0)):
+            # the unfused kernel draws what nn.Dropout draws
+            with sdpa_kernel(SDPBackend.MATH), Attentions() as attentions:
+                actual = case.run(patched.train(training), clips(), case.selection())
+            assert attentions.dropouts == [rate, rate]
+            case.close(actual, case.expected(plain.train(training), clips(), case.selection()))
+
+    @pytest.mark.parametrize("kind", [build, build_pretraining])
+    def test_is_copied_and_taken_back_with_drop_path(self, kind):
+        model = kind(drop_path_rate=0.2).train()
+        before = structure(model)
+        et.patch_videomae(model, drop_path=0.5, fused_attention=True)
+        videos = clips(dtype=torch.float32)
+        expected = run(model.eval(), videos)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             with Attentions() as attentions:
-                model(clips)
-            assert len(attentions.dropouts) == fused
+                torch.testing.assert_close(run(copied, videos), expected, rtol=0, atol=0)
+            assert attentions.dropouts == [0.0] * len(attentions.dropouts) != []
+            assert structure(et.unpatch_videomae(copied.train())) == before
+        assert structure(et.unpatch_videomae(et.patch_videomae(model.train()))) == before
 
-    def test_cosine_attention_is_refused(self):
-        for model in (build("videomaev2", cos_attn=True), build_pretraining("videomaev2", cos_attn=True)):
-            with unchanged(model), pytest.raises(ValueError, match=r"fused_attention.*block 0.*scale"):
-                et.patch_videomae(model, fused_attention=True)
-
-    def test_another_attention_is_refused(self):
+    def test_another_attention_is_refused(self, make_model):
         class TwoProjections(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -444,13 +339,34 @@ class TestFusedAttention:
 
         model = build()
         model.blocks[1].attn = TwoProjections()
-        with unchanged(model), pytest.raises(ValueError, match="fused_attention"):
-            et.patch_videomae(model, fused_attention=True)
-        assert et.patch_videomae(model)(clips_for(model)).shape == (2, 5)  # unfused, any attention will do
+        for refused, message in (
+            (build("videomaev2", cos_attn=True), "fused_attention.*block 0.*scale"),
+            (build_pretraining("videomaev2", cos_attn=True), "fused_attention.*block 0.*scale"),
+            (make_model(VideoMAEForVideoClassification), "fused_attention"),  # another host
+            (model, "fused_attention"),
+        ):
+            with unchanged(refused), pytest.raises(ValueError, match=message):
+                et.patch_videomae(refused, fused_attention=True)
+        assert et.patch_videomae(model)(clips(dtype=torch.float32)).shape == (2, 5)  # unfused, any attention will do
 
-    def test_other_hosts_refuse_it(self, make_model):
-        with pytest.raises(ValueError, match="fused_attention"):
-            et.patch_videomae(make_model(VideoMAEForVideoClassification), fused_attention=True)
+    @pytest.mark.parametrize("family", ["videomae", "mvd"])
+    def test_counts_alike(self, family):
+        model = FineTuningModel(family, embed_dim=48, mlp_ratio=3.0, num_classes=7, use_mean_pooling=False).eval()
+        counts = [et.count_flops(et.patch_videomae(model, fused_attention=fused)) for fused in (False, True)]
+        assert counts[0] == counts[1]
+        assert counts[1].total == pytest.approx(counted_by_torch(model, clips(1, dtype=torch.float32)), rel=0.005)
+
+    def test_with_a_frame_sampler_and_drop_path_makes_one_graph(self):
+        torch._dynamo.reset()
+        counters.clear()
+        model = build(img_size=32, depth=1, attn_drop_rate=0.1).train()
+        et.patch_videomae(model, frame_sampler=et.InfoFrameSampler(1.5), fused_attention=True, drop_path=0.3)
+        compiled, videos = torch.compile(model, fullgraph=True, backend="eager"), clips(2, 12, (32, 32), torch.float32)
+        logits = [compiled(videos) for _ in range(3)]
+        logits[-1].sum().backward()
+        assert len(gradients(model)) == len(list(model.parameters()))
+        assert len({each.sum().item() for each in logits}) > 1
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 class TestDropPath:
@@ -460,14 +376,13 @@ class TestDropPath:
         depth, rate, batch = 3, 0.6, 400
         model = kind(depth=depth, drop_path_rate=own, img_size=32, num_frames=4).train()
         et.patch_videomae(model, et.ReRoSelector(1.0), mask_ratio=0.5, drop_path=rate)
-        blocks = getattr(model, "encoder", model).blocks
         seen: list[tuple[int, Tensor, Tensor]] = []
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(getattr(model, "encoder", model).blocks):
             block.drop_path.register_forward_hook(
                 lambda module, args, output, index=index: seen.append((index, args[0], output))
             )
         with torch.no_grad():
-            model(clips_for(model, batch=batch))
+            model(clips(batch, 4, (32, 32), torch.float32))
         assert len(seen) == 2 * depth
         for index, branch, output in seen:
             expected = rate * index / (depth - 1)
@@ -512,29 +427,21 @@ class TestRefusals:
             build().blocks[0],
             build().patch_embed,
             build_pretraining().decoder,
+            build_pretraining().encoder,  # its own forward wants a mask, so it is no classifier
+            et.patch_videomae(build_pretraining()).encoder,
             with_other_projection(nn.Conv2d(3, 32, 16, 16)),
             with_other_projection(nn.Linear(1536, 32)),
         ],
-        ids=["linear", "sequential", "encoder", "block", "patch-embed", "decoder", "image-model", "linear-projection"],
+        ids=lambda model: type(model).__name__,
     )
     def test_unrelated_modules(self, model):
         with unchanged(model), pytest.raises(TypeError, match="patch"):
             et.patch_videomae(model)
 
-    @pytest.mark.parametrize("patched", [False, True])
-    def test_the_encoder_of_a_pretraining_model(self, patched):
-        """Its own forward wants a mask, so it is no classifier to be patched by itself."""
-        model = build_pretraining()
-        if patched:
-            et.patch_videomae(model)
-        with pytest.raises(TypeError, match="cannot patch"):
-            et.patch_videomae(model.encoder)
-
     @pytest.mark.parametrize(
         ("model", "setting", "message"),
         [
             (build(num_frames=2), {}, "two time steps"),
-            (build(), {"visible": et.TubeSelector(0.1)}, "visible"),
             (build_pretraining(), {"selector": et.ReRoSelector(0.1)}, "target"),  # nothing to predict
             *(
                 (model, setting, next(iter(setting)))  # those of image models
@@ -548,39 +455,9 @@ class TestRefusals:
             et.patch_videomae(model, **setting)
 
 
-def counted_by_torch(model: Any, *args: Any) -> float:
-    """Half of what FlopCounterMode counts: for it a multiply–accumulate is two."""
-    # unfused, because older versions don't count the CPU's fused attention
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(*args)
-    return counter.get_total_flops() / 2
-
-
-class TestCountFlops:
-    @pytest.mark.parametrize("family", ["videomae", "mvd"])
-    def test_fused_attention_counts_alike(self, family):
-        model = FineTuningModel(family, embed_dim=48, mlp_ratio=3.0, num_classes=7, use_mean_pooling=False).eval()
-        counts = [et.count_flops(et.patch_videomae(model, fused_attention=fused)) for fused in (False, True)]
-        assert counts[0] == counts[1]
-        assert counts[1].total == pytest.approx(counted_by_torch(model, clips_for(model, batch=1)), rel=0.005)
-
-    @pytest.mark.parametrize("family", PRE_TRAINING)
-    def test_unpatched_pretraining_is_counted_with_videomaes_tubes(self, family):
-        model = PreTrainingModel(family, embed_dim=48, mlp_ratio=3.0, decoder_depth=3).eval()
-        tubes = torch.arange(48)[None] % 12 >= 2  # VideoMAE's hide ⌊0.9 · 12⌋ places
-        counted = counted_by_torch(model, clips_for(model, batch=1), tubes)
-        assert et.count_flops(model).total == pytest.approx(counted, rel=0.005)
-
-
-def test_fused_attention_frame_sampler_and_drop_path_make_one_graph():
-    torch._dynamo.reset()
-    counters.clear()
-    model = build(img_size=32, depth=1, attn_drop_rate=0.1).train()
-    et.patch_videomae(model, frame_sampler=et.InfoFrameSampler(1.5), fused_attention=True, drop_path=0.3)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    clips = clips_for(model, frames=12)
-    logits = [compiled(clips) for _ in range(3)]
-    logits[-1].sum().backward()
-    assert len(gradients(model)) == len(list(model.parameters()))
-    assert len({each.sum().item() for each in logits}) > 1
-    assert counters["stats"]["unique_graphs"] == 1
+@pytest.mark.parametrize("family", PRE_TRAINING)
+def test_unpatched_pretraining_is_counted_with_videomaes_tubes(family):
+    model = PreTrainingModel(family, embed_dim=48, mlp_ratio=3.0, decoder_depth=3).eval()
+    tubes = torch.arange(48)[None] % 12 >= 2  # VideoMAE's hide ⌊0.9 · 12⌋ places
+    counted = counted_by_torch(model, clips(1, dtype=torch.float32), tubes)
+    assert et.count_flops(model).total == pytest.approx(counted, rel=0.005)
