@@ -185,6 +185,7 @@ def test_the_product_leaves_nothing_in_the_cache_of_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embed_tubelets(unfold_tubelets(pixels, size), projection)
         projection(pixels.transpose(1, 2)).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in projection.parameters())
 
 
 def test_kept_tokens_differ_from_the_convolutions_by_rounding_alone():
