@@ -194,8 +194,9 @@ class HostCase:
         """Fails where the gradients of two models, or two dicts of gradients, differ by more than rounding."""
         found, wanted = (each if isinstance(each, dict) else gradients(each) for each in (actual, expected))
         assert found.keys() == wanted.keys()
+        largest = max(each.abs().max() for each in wanted.values())
         for name, gradient in wanted.items():
-            if gradient.abs().max() < 1e-9 * max(each.abs().max() for each in wanted.values()):
+            if gradient.abs().max() < 1e-9 * largest:
                 assert "k_" in name or "key" in name, f"{name}: a gradient of zero proves nothing"
                 continue  # a key's bias moves every score of a query alike
             try:

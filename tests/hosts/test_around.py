@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from family_models import FineTuningModel, PreTrainingModel
 from host_case import unchanged
+from host_contract import kinds
 from peft import LoraConfig, get_peft_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
 import everest_tokens as et
-from everest_tokens.hosts import trial_run
 
 
 def family(**options: Any) -> FineTuningModel:
@@ -112,31 +112,21 @@ class TestPartsOfAModel:
 
 
 class TestAllOrNothing:
-    BUILDERS = pytest.mark.parametrize(
-        "build",
-        [
-            lambda make: make(VideoMAEForPreTraining),
-            lambda make: make(VideoMAEForVideoClassification),
-            lambda make: family(),
-            lambda make: VisionTransformer(img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2),
-        ],
-        ids=["pre-training", "classification", "family", "timm"],
-    )
-
-    @BUILDERS
+    @kinds()
     @pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
-    def test_a_patch_that_fails_at_its_end(self, make_model, monkeypatch, build, patched):
-        model = build(make_model)
+    def test_a_patch_that_fails_at_its_end(self, case, patched):
+        model = case.build(0)
         if patched:
-            et.patch_videomae(model, et.ReRoSelector(0.5), drop_path=0.0)
-        parameters = list(model.parameters())
+            case.patch(model, 0.5)
+        block, parameters = model.get_submodule(case.blocks)[1], list(model.parameters())
 
-        def fail(host: Any, root: Any, **_: Any) -> None:
-            raise RuntimeError("on purpose")
+        class Failing(type(block)):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                raise RuntimeError("on purpose")
 
-        monkeypatch.setattr(trial_run, "_run", fail)
+        block.__class__ = Failing
         with unchanged(model), pytest.raises(TypeError, match="on purpose"):
-            et.patch_videomae(model, et.RandomSelector(0.25), drop_path=0.1)
+            case.patch(model, et.RandomSelector(0.25), drop_path=0.1, mask_ratio=0.9)
         assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
         if patched:
             assert model.everest.selector.keep_ratio == 0.5
@@ -194,11 +184,11 @@ class TestAllOrNothing:
         assert torch.equal(torch.get_rng_state(), state)
         assert all(module.training for module in model.modules())
 
-    @BUILDERS
-    def test_a_patched_model_is_freed_at_once(self, make_model, build):
+    @kinds()
+    def test_a_patched_model_is_freed_at_once(self, case):
         gc.disable()
         try:
-            model = et.patch_videomae(build(make_model))
+            model = case.patch(case.build(0))
             twin = pickle.loads(pickle.dumps(model))
             assert twin.everest.root is twin
             dead = [weakref.ref(parameter) for each in (model, twin) for parameter in each.parameters()]

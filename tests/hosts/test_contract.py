@@ -233,6 +233,9 @@ class TestFrameSampler:
         case.close_gradients(model, plain)
         case.close(drawn(case, clips.grad, selection.steps), short.grad, max(1e-9, case.rounding))
         assert clips.grad.count_nonzero() == short.grad.count_nonzero()  # and no gradient elsewhere
+        torch.manual_seed(11)
+        own = et.select_tokens(model, clips)
+        case.close(case.run(model, clips), case.run(model, clips, own))  # its own forward draws the same
         for training in (True, False):
             model.train(training)
             steps = {tuple(et.select_tokens(model, clips).steps.flatten().tolist()) for _ in range(8)}

@@ -79,8 +79,8 @@ class TestInvisibility:
         assert torch.equal(case.run(second, clips, selection), patched)
 
 
-def evaluate(case: HostCase, model: Any, frames: int | None = None) -> None:
-    case.run(model, case.clips(frames=frames, dtype=torch.float32))
+def evaluate(case: HostCase, model: Any, frames: int | None = None, selection: Any = None) -> None:
+    case.run(model, case.clips(frames=frames, dtype=torch.float32), selection)
 
 
 def train(case: HostCase, model: Any, frames: int | None = None) -> None:
@@ -92,13 +92,15 @@ def train(case: HostCase, model: Any, frames: int | None = None) -> None:
     model.eval()
 
 
-def fail_inside(case: HostCase, model: Any, frames: int | None = None) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt  # no Exception
+def fail_inside(
+    case: HostCase, model: Any, frames: Any = None, selection: Any = None, error: Any = RuntimeError
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
 
-    hook = model.get_submodule(case.blocks)[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(case, model, frames)
+    hook = model.get_submodule(case.blocks)[1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        evaluate(case, model, frames, selection)
     hook.remove()
 
 
@@ -142,13 +144,15 @@ class TestUnpatching:
         assert torch.equal(case.own_output(model), case.own_output(plain))
 
     @kinds()
-    def test_after_a_failure_inside_the_patched_model_works_too(self, case):
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_after_a_failure_inside_the_patched_model_works_too(self, case, error):
         model, clips, selection = case.patched(dtype=torch.float32), case.clips(dtype=torch.float32), case.selection()
         expected, own = case.run(model, clips, selection), case.run(model, clips)
-        fail_inside(case, model)
+        fail_inside(case, model, selection=case.selection(seed=4), error=error)
+        assert torch.equal(case.run(model, clips), own)
+        assert torch.equal(case.run(model, clips, selection), expected)
         with pytest.raises(TypeError):
             model(clips, token_selection="no selection")
-        assert torch.equal(case.run(model, clips, selection), expected)
         assert torch.equal(case.run(model, clips), own)
 
     @kinds()

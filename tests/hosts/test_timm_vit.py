@@ -190,14 +190,6 @@ class TestTemporalEmbedding:
         assert table[5, 24].item() == pytest.approx(math.cos(0.05))  # ω = 10000^(−8/16)
         assert table.square().mean().item() == pytest.approx(0.5)
 
-    def test_no_embedding_leaves_time_out(self):
-        plain = build(VIT)
-        clips = build_clips(plain)
-        backwards = clips.unflatten(2, (3, 2)).flip(2).flatten(2, 3)  # the time steps, in another order
-        for kind in ("none", "sincos"):
-            model = patched_copy(plain, et.ReRoSelector(1.0), temporal_embedding=kind)
-            assert ((model(backwards) - model(clips)).abs().max() < 1e-9) == (kind == "none")
-
 
 class TestDropPath:
     @pytest.mark.parametrize("name", [VIT, EVA])

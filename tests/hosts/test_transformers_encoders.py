@@ -135,18 +135,6 @@ class TestTimesformer:
         torch.testing.assert_close(seen[1], seen[0][:, [0, 1 + 1, 1 + 3, 1 + 16, 1 + 19]])
 
 
-@pytest.mark.parametrize("name", ["VivitModel", "TimesformerModel"])
-def test_the_class_token_is_always_kept(name):
-    """One kept token: the first of two is the class token's, which attends to that alone."""
-    case = CASE[name]
-    plain, model, own = case.plain(), case.patched(), case.clips()
-    one = et.TokenSelection(torch.tensor([[5], [30]]), None, case.grid)
-    hidden = model(own, token_selection=one).last_hidden_state
-    assert hidden.shape == (2, 2, 32)
-    expected = case.masked_keys(plain, own, one)
-    case.close(hidden, expected[:, :2])
-
-
 @pytest.mark.parametrize(
     ("name", "attention"),
     [

@@ -285,19 +285,8 @@ class TestDropPath:
             assert abs(share - expected) < 0.09, (index, branch, share)  # four standard deviations
             assert (share == 0) == (index == 0)
 
-    def test_survivors_are_rescaled(self, make_model, make_clips):
-        plain = make_model(VideoMAEModel, num_hidden_layers=1).double().eval()
-        # a single block: linspace(0, rate, 1) is 0, as timm and VideoMAE have it
+    def test_a_single_block_is_never_dropped(self, make_model, make_clips):
+        plain = make_model(VideoMAEModel, num_hidden_layers=1).double()
+        # linspace(0, rate, 1) is 0, as timm and VideoMAE have it
         single = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), drop_path=0.9).train()
         torch.testing.assert_close(single(make_clips(plain))[0], plain(make_clips(plain))[0], **EXACT)
-        plain = make_model(VideoMAEModel, num_hidden_layers=2).double().eval()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), drop_path=0.5).train()
-        ends = {}
-        for name, model in (("plain", plain), ("patched", patched)):
-            layer = model.encoder.layer[1].attention
-            layer.register_forward_hook(lambda module, args, output, name=name: ends.__setitem__(name, output))
-            torch.manual_seed(1)
-            model(make_clips(plain, batch=16))
-        survived = ends["patched"].abs().amax(dim=(1, 2)) > 0
-        assert 0 < survived.sum() < 16
-        torch.testing.assert_close(ends["patched"][survived], 2 * ends["plain"][survived], **EXACT)

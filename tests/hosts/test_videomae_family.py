@@ -222,8 +222,10 @@ class TestPreTraining:
         expected = plain(videos, hidden, decode_mask=mask_of(selection.target, 32))  # V2's own: False is decoded
         torch.testing.assert_close(prediction, expected)
 
-    def test_everests_training_loop_runs_as_it_is(self):
-        case = pretraining("everest", mcm=True)
+    @pytest.mark.parametrize("family", PRE_TRAINING)
+    def test_everests_training_loop_runs_as_it_is(self, family):
+        """... and those of the others with its two lines."""
+        case = pretraining(family, **({"mcm": True} if family == "everest" else {}))
         plain, model = case.plain().train(), et.patch_videomae(case.plain()).train()
         videos, bool_masked_pos = clips(), torch.ones(2, 48, dtype=torch.bool)
         videos_patch = patches_of(videos)
