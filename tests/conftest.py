@@ -32,31 +32,6 @@ def make_clips() -> Callable[..., Tensor]:
     return build_clips
 
 
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(scope="session")
-def same_to_rounding() -> Callable[[Any, Any], None]:
-    """Assert that two tensors, or sequences of them, differ by no more than rounding, relative to the largest value.
-
-    What a patched model computes in another order than an unpatched one (its embedding is a product, no convolution)
-    is the same in float64 to 1e-12, which is what proves it; narrower types may only add their own rounding.
-    """
-
-    def check(actual: Any, expected: Any) -> None:
-        if isinstance(expected, Tensor):
-            assert actual.dtype == expected.dtype
-            assert actual.shape == expected.shape
-            bound = ROUNDING[expected.dtype] * float(expected.detach().abs().max())
-            difference = float((actual.detach().double() - expected.detach().double()).abs().max())
-            assert difference <= bound, f"differs by {difference:.3g}, allowed {bound:.3g}"
-            return
-        for one, other in zip(actual, expected, strict=True):
-            check(one, other)
-
-    return check
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

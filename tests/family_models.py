@@ -85,6 +85,20 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+EMBEDDING = ("img_size", "patch_size", "num_frames", "tubelet_size", "in_chans", "embed_dim")
+
+
+def embedding_of(family: str, options: dict[str, Any]) -> PatchEmbed:
+    """The patch embedding; takes its options out of `options`, so that what is left is for the blocks."""
+    return PatchEmbed(family, **{name: options.pop(name) for name in EMBEDDING if name in options})
+
+
+def tables(patches: PatchEmbed, family: str, width: int) -> Tensor:
+    h, w = (side // patch for side, patch in zip(patches.img_size, patches.patch_size, strict=True))
+    tokens = patches.num_patches
+    return mvd_table(tokens // (h * w), h, w, width) if family == "mvd" else sinusoid_table(tokens, width)
+
+
 class Attention(nn.Module):
     """Fused qkv whose key has no bias; V2's cosine attention has a learned scale for each head."""
 
@@ -171,24 +185,23 @@ class Block(nn.Module):
         return x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
 
 
-def make_blocks(depth: int, dim: int, num_heads: int, drop_path_rate: float = 0.0, **options: Any) -> nn.ModuleList:
+def make_blocks(
+    dim: int, depth: int = 2, num_heads: int = 2, drop_path_rate: float = 0.0, **options: Any
+) -> nn.ModuleList:
     rates = (drop_path_rate * index / max(1, depth - 1) for index in range(depth))
     return nn.ModuleList(Block(dim, num_heads, drop_path=rate, **options) for rate in rates)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointed: bool) -> Tensor:
-    for block in blocks:
+def run_blocks(module: Any, x: Tensor) -> Tensor:
+    checkpointed = getattr(module, "use_checkpoint", False) or getattr(module, "with_cp", False)
+    for block in module.blocks:
         x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
     return x
 
 
-def is_checkpointed(module: Any) -> bool:
-    return getattr(module, "use_checkpoint", False) or getattr(module, "with_cp", False)
-
-
-def set_checkpoint_flag(module: nn.Module, family: str, flag: bool) -> None:
+def add_checkpoint_flag(module: nn.Module, family: str) -> None:
     if family != "mme":
-        setattr(module, "with_cp" if family == "videomaev2" else "use_checkpoint", flag)
+        setattr(module, "with_cp" if family == "videomaev2" else "use_checkpoint", False)
 
 
 def most_changed(tokens: Tensor, steps: int, kept: int) -> Tensor:
@@ -206,71 +219,41 @@ def as_mask(index: Tensor, total: int) -> Tensor:
 class FineTuningModel(nn.Module):
     """A classifier of one of the five families; `forward` takes (B, C, T, H, W) and gives (B, classes).
 
-    Options that a family lacks are refused: `cls_token` is MVD's, `cos_attn` V2's, `mcm` EVEREST's.
+    Options that a family lacks are refused: `use_cls_token` is MVD's, `cos_attn` V2's, `mcm` EVEREST's. Further ones
+    are those of `PatchEmbed` and of `make_blocks`.
     """
 
     def __init__(
         self,
         family: str = "videomae",
         *,
-        img_size: int | tuple[int, int] = (48, 64),
-        patch_size: int = 16,
-        num_frames: int = 8,
-        tubelet_size: int = 2,
-        in_chans: int = 3,
-        embed_dim: int = 32,
-        depth: int = 2,
-        num_heads: int = 2,
-        mlp_ratio: float = 2.0,
         num_classes: int = 5,
         use_mean_pooling: bool = True,
         use_learnable_pos_emb: bool = False,
-        init_values: float = 0.0,
-        qkv_bias: bool = True,
         use_cls_token: bool = False,
-        cos_attn: bool = False,
-        checkpointed: bool = False,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
         head_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         mcm: bool = False,
         mcm_ratio: float = 0.4,
+        **options: Any,
     ) -> None:
         super().__init__()
         assert family in FAMILIES, family
-        for option, owner in ((use_cls_token, "mvd"), (cos_attn, "videomaev2"), (mcm, "everest")):
+        for option, owner in ((use_cls_token, "mvd"), (options.get("cos_attn"), "videomaev2"), (mcm, "everest")):
             assert not option or family == owner, f"only {owner} has it"
-        assert family != "mme" or not checkpointed
         self.family = family
-        self.patch_embed = PatchEmbed(family, img_size, patch_size, num_frames, tubelet_size, in_chans, embed_dim)
-        tokens = self.patch_embed.num_patches
-        height, width = self.patch_embed.img_size
-        grid = (num_frames // tubelet_size, height // patch_size, width // patch_size)
+        self.patch_embed = embedding_of(family, options)
+        embed_dim = self.patch_embed.proj.out_channels
         if use_learnable_pos_emb:
-            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
         else:
-            self.pos_embed = mvd_table(*grid, embed_dim) if family == "mvd" else sinusoid_table(tokens, embed_dim)
-        self.cls_token = None
-        if use_cls_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.blocks = make_blocks(
-            depth,
-            embed_dim,
-            num_heads,
-            drop_path_rate,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            cos_attn=cos_attn,
-            init_values=init_values,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-        )
+            self.pos_embed = tables(self.patch_embed, family, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if use_cls_token else None
+        self.pos_drop = nn.Dropout(options.get("drop_rate", 0.0))
+        self.blocks = make_blocks(embed_dim, **options)
         self.norm = nn.Identity() if use_mean_pooling else LayerNorm(embed_dim)
         self.fc_norm = LayerNorm(embed_dim) if use_mean_pooling else None
         self.reset_classifier(num_classes)
-        set_checkpoint_flag(self, family, checkpointed)
+        add_checkpoint_flag(self, family)
         if family == "videomaev2":
             self.head_dropout = nn.Dropout(head_drop_rate)
         elif family != "mme":
@@ -304,7 +287,7 @@ class FineTuningModel(nn.Module):
         x = self.pos_drop(x)
         if self.family == "mme":
             x = self.random_masking(x, self.mask_ratio)
-        x = self.norm(run_blocks(self.blocks, x, is_checkpointed(self)))
+        x = self.norm(run_blocks(self, x))
         if self.fc_norm is None:
             return x[:, 0]
         return self.fc_norm(x[:, 1:].mean(1) if self.cls_token is not None else x.mean(1))
@@ -332,61 +315,46 @@ class FineTuningModel(nn.Module):
 
 
 class PreTrainingEncoder(nn.Module):
-    def __init__(
-        self,
-        family: str = "videomae",
-        *,
-        depth: int = 2,
-        num_heads: int = 2,
-        checkpointed: bool = False,
-        drop_path_rate: float = 0.0,
-        block: dict[str, Any],
-        **embedding: Any,
-    ) -> None:
+    def __init__(self, family: str, **options: Any) -> None:
         super().__init__()
-        self.family = family
-        self.patch_embed = PatchEmbed(family, **embedding)
+        self.patch_embed = embedding_of(family, options)
         dim = self.patch_embed.proj.out_channels
         self.pos_embed = sinusoid_table(self.patch_embed.num_patches, dim)
-        self.blocks = make_blocks(depth, dim, num_heads, drop_path_rate, **block)
+        self.blocks = make_blocks(dim, **options)
         self.norm = LayerNorm(dim)
         self.head = nn.Identity()
-        set_checkpoint_flag(self, family, checkpointed)
+        add_checkpoint_flag(self, family)
 
     def forward_features(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.patch_embed(x)
         x = x + self.pos_embed.type_as(x).to(x.device).clone().detach()
         x = x[~mask].reshape(x.shape[0], -1, x.shape[2])
-        return self.norm(run_blocks(self.blocks, x, is_checkpointed(self)))
+        return self.norm(run_blocks(self, x))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.head(self.forward_features(x, mask))
 
 
 class PreTrainingDecoder(nn.Module):
-    def __init__(
-        self,
-        head: nn.Module,
-        *,
-        dim: int,
-        depth: int = 2,
-        num_heads: int = 2,
-        family: str = "videomae",
-        checkpointed: bool = False,
-        block: dict[str, Any],
-    ) -> None:
+    def __init__(self, family: str, head: nn.Module, dim: int, **options: Any) -> None:
         super().__init__()
-        self.blocks = make_blocks(depth, dim, num_heads, **block)
+        self.blocks = make_blocks(dim, **options)
         self.norm = LayerNorm(dim)
         self.head = head
-        set_checkpoint_flag(self, family, checkpointed)
+        add_checkpoint_flag(self, family)
 
     def forward(self, x: Tensor, return_token_num: int) -> Any:
-        x = run_blocks(self.blocks, x, is_checkpointed(self))
+        x = run_blocks(self, x)
         if return_token_num > 0:
             x = x[:, -return_token_num:]
         x = self.norm(x)
         return [head(x) for head in self.head] if isinstance(self.head, nn.ModuleList) else self.head(x)
+
+
+def decoder_block(options: dict[str, Any]) -> dict[str, Any]:
+    """What a decoder's blocks have of the encoder's options."""
+    own = (*EMBEDDING, "depth", "num_heads", "drop_path_rate")
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def pick(table: Tensor, chosen: Tensor, like: Tensor) -> Tensor:
@@ -399,74 +367,34 @@ class PreTrainingModel(nn.Module):
     """Masked pixel prediction of VideoMAE, V2 or EVEREST; `forward` takes (B, C, T, H, W) and a mask, True = hidden.
 
     VideoMAE and V2 give the prediction (B, M, 3·tubelet·patch²), EVEREST (prediction, (visible_mask, target_mask)).
+    Further options are those of `PatchEmbed` and of `make_blocks`.
     """
 
     def __init__(
         self,
         family: str = "videomae",
         *,
-        img_size: int | tuple[int, int] = (48, 64),
-        patch_size: int = 16,
-        num_frames: int = 8,
-        tubelet_size: int = 2,
-        in_chans: int = 3,
-        embed_dim: int = 32,
-        depth: int = 2,
-        num_heads: int = 2,
         decoder_dim: int = 24,
         decoder_depth: int = 2,
         decoder_num_heads: int = 2,
-        mlp_ratio: float = 2.0,
-        init_values: float = 0.0,
-        qkv_bias: bool = True,
-        cos_attn: bool = False,
-        checkpointed: bool = False,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         mcm: bool = False,
         mcm_ratio: float = 0.7,
         masking_ratio: float = 0.9,
+        **options: Any,
     ) -> None:
         super().__init__()
         assert family in ("videomae", "videomaev2", "everest"), family
         assert not mcm or family == "everest"
-        assert not cos_attn or family == "videomaev2"
+        assert not options.get("cos_attn") or family == "videomaev2"
         self.family = family
-        block = {
-            "mlp_ratio": mlp_ratio,
-            "qkv_bias": qkv_bias,
-            "cos_attn": cos_attn,
-            "init_values": init_values,
-            "drop_rate": drop_rate,
-            "attn_drop_rate": attn_drop_rate,
-        }
-        self.encoder = PreTrainingEncoder(
-            family,
-            depth=depth,
-            num_heads=num_heads,
-            checkpointed=checkpointed,
-            drop_path_rate=drop_path_rate,
-            block=block,
-            img_size=img_size,
-            patch_size=patch_size,
-            num_frames=num_frames,
-            tubelet_size=tubelet_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-        )
-        self.decoder = PreTrainingDecoder(
-            nn.Linear(decoder_dim, 3 * tubelet_size * patch_size**2),
-            dim=decoder_dim,
-            depth=decoder_depth,
-            num_heads=decoder_num_heads,
-            family=family,
-            checkpointed=checkpointed,
-            block=block,
-        )
-        self.encoder_to_decoder = nn.Linear(embed_dim, decoder_dim, bias=False)
+        self.encoder = PreTrainingEncoder(family, **options)
+        patches = self.encoder.patch_embed
+        block = decoder_block(options) | {"depth": decoder_depth, "num_heads": decoder_num_heads}
+        pixels = nn.Linear(decoder_dim, 3 * patches.tubelet_size * patches.patch_size[0] ** 2)
+        self.decoder = PreTrainingDecoder(family, pixels, decoder_dim, **block)
+        self.encoder_to_decoder = nn.Linear(patches.proj.out_channels, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.pos_embed = sinusoid_table(self.encoder.patch_embed.num_patches, decoder_dim)
+        self.pos_embed = sinusoid_table(patches.num_patches, decoder_dim)
         if family == "everest":
             self.encoder.mcm, self.encoder.mcm_ratio, self.encoder.masking_ratio = mcm, mcm_ratio, masking_ratio
 
@@ -505,39 +433,19 @@ class PreTrainingModel(nn.Module):
 class MMEPreTrainingModel(nn.Module):
     """MME predicts motion trajectories: a decoder for each target, its head a list of small MLPs."""
 
-    def __init__(
-        self,
-        *,
-        num_targets: int = 2,
-        decoder_dim: int = 24,
-        decoder_depth: int = 1,
-        decoder_num_heads: int = 2,
-        outputs: tuple[int, ...] = (6, 10),
-        depth: int = 2,
-        num_heads: int = 2,
-        mlp_ratio: float = 2.0,
-        init_values: float = 0.0,
-        **embedding: Any,
-    ) -> None:
+    def __init__(self, *, num_targets: int = 2, decoder_dim: int = 24, outputs: Any = (6, 10), **options: Any):
         super().__init__()
-        block = {"mlp_ratio": mlp_ratio, "init_values": init_values}
-        self.encoder = PreTrainingEncoder("mme", depth=depth, num_heads=num_heads, block=block, **embedding)
+
+        def mlp(size: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(decoder_dim, decoder_dim), nn.GELU(), nn.Linear(decoder_dim, size))
+
+        self.encoder = PreTrainingEncoder("mme", **options)
         dim = self.encoder.patch_embed.proj.out_channels
         self.encoder_to_decoder = nn.ModuleList(nn.Linear(dim, decoder_dim, bias=False) for _ in range(num_targets))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.pos_embed = sinusoid_table(self.encoder.patch_embed.num_patches, decoder_dim)
         self.decoder = nn.ModuleList(
-            PreTrainingDecoder(
-                nn.ModuleList(
-                    nn.Sequential(nn.Linear(decoder_dim, decoder_dim), nn.GELU(), nn.Linear(decoder_dim, size))
-                    for size in outputs
-                ),
-                dim=decoder_dim,
-                depth=decoder_depth,
-                num_heads=decoder_num_heads,
-                family="mme",
-                block=block,
-            )
+            PreTrainingDecoder("mme", nn.ModuleList(map(mlp, outputs)), decoder_dim, depth=1, **decoder_block(options))
             for _ in range(num_targets)
         )
 
@@ -555,47 +463,22 @@ class MVDPreTrainingModel(nn.Module):
     """MVD's student: flat, its position tables stored, one decoder for an image and one for a video teacher."""
 
     def __init__(
-        self,
-        *,
-        img_size: int | tuple[int, int] = 32,
-        patch_size: int = 16,
-        num_frames: int = 8,
-        tubelet_size: int = 2,
-        in_chans: int = 3,
-        embed_dim: int = 32,
-        depth: int = 2,
-        num_heads: int = 2,
-        decoder_dim: int = 32,
-        decoder_depth: int = 1,
-        decoder_num_heads: int = 2,
-        mlp_ratio: float = 2.0,
-        use_cls_token: bool = False,
-        init_values: float = 0.0,
-        features: int = 20,
+        self, *, decoder_dim: int = 32, use_cls_token: bool = False, features: int = 20, **options: Any
     ) -> None:
         super().__init__()
-        block = {"mlp_ratio": mlp_ratio, "init_values": init_values}
-        self.patch_embed = PatchEmbed("mvd", img_size, patch_size, num_frames, tubelet_size, in_chans, embed_dim)
-        grid = (self.patch_embed.num_patches_t, self.patch_embed.num_patches_h, self.patch_embed.num_patches_w)
-        self.pos_embed = nn.Parameter(mvd_table(*grid, embed_dim), requires_grad=False)
-        self.cls_token = None
-        if use_cls_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.blocks = make_blocks(depth, embed_dim, num_heads, **block)
+        block = decoder_block(options)
+        self.patch_embed = embedding_of("mvd", options)
+        embed_dim = self.patch_embed.proj.out_channels
+        self.pos_embed = nn.Parameter(tables(self.patch_embed, "mvd", embed_dim), requires_grad=False)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if use_cls_token else None
+        self.blocks = make_blocks(embed_dim, **options)
         self.norm = LayerNorm(embed_dim)
         for target in ("img", "vid"):
-            decoder = PreTrainingDecoder(
-                nn.Linear(decoder_dim, features),
-                dim=decoder_dim,
-                depth=decoder_depth,
-                num_heads=decoder_num_heads,
-                family="mvd",
-                block=block,
-            )
+            decoder = PreTrainingDecoder("mvd", nn.Linear(decoder_dim, features), decoder_dim, depth=1, **block)
             setattr(self, f"mask_token_{target}", nn.Parameter(torch.zeros(1, 1, decoder_dim)))
             setattr(self, f"down_{target}", nn.Linear(embed_dim, decoder_dim))
             setattr(self, f"decoder_{target}", decoder)
-            table = nn.Parameter(mvd_table(*grid, decoder_dim), requires_grad=False)
+            table = nn.Parameter(tables(self.patch_embed, "mvd", decoder_dim), requires_grad=False)
             setattr(self, f"pos_embed_{target}", table)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -603,7 +486,7 @@ class MVDPreTrainingModel(nn.Module):
         x = x[~mask].reshape(x.shape[0], -1, x.shape[2])
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        encoded = self.norm(run_blocks(self.blocks, x, False))[:, 0 if self.cls_token is None else 1 :]
+        encoded = self.norm(run_blocks(self, x))[:, 0 if self.cls_token is None else 1 :]
         predictions = []
         for target in ("img", "vid"):
             table = getattr(self, f"pos_embed_{target}")

@@ -6,8 +6,10 @@ block's attention; a case may bring its model's own way of leaving tokens out.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,13 +24,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import everest_tokens as et
 
 Grid = tuple[int, int, int]
 # Of the largest magnitude. The embedding may be a matrix product where the host convolves: equal to rounding, no more.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
+_PATCHED: dict[Any, Any] = {}  # models to copy
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,8 @@ class HostCase:
         settings: further arguments of `patch_videomae` that its clips need.
         checkpointing: switches on the host's own gradient checkpointing.
         rounding: of float64 results against the reference, where that is wider than `ROUNDING`.
-        variant: differs little from another case; checks that take seconds leave it out.
+        variant: another case has the same mechanism; `kinds` leaves it out, `hosts` doesn't.
         skip: a mark for where the installed library lacks the model.
-        fails: check → why it fails today.
     """
 
     name: str
@@ -83,7 +87,6 @@ class HostCase:
     rounding: float = 0.0
     variant: bool = False
     skip: pytest.MarkDecorator | None = None
-    fails: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -112,7 +115,13 @@ class HostCase:
         return self.as_reference(self.build(seed).to(dtype))
 
     def patched(self, keep_ratio: Any = 0.5, seed: int = 0, dtype: Any = torch.float64, **settings: Any) -> Any:
-        return self.patch(self.build(seed).to(dtype), keep_ratio, **settings)
+        """A patched model of its own; a copy where it can be, since patching runs a model for a trial."""
+        if settings or not isinstance(keep_ratio, float):
+            return self.patch(self.build(seed).to(dtype), keep_ratio, **settings)
+        key = (self.name, keep_ratio, seed, dtype)
+        if key not in _PATCHED:
+            _PATCHED[key] = self.patch(self.build(seed).to(dtype), keep_ratio)
+        return copy.deepcopy(_PATCHED[key])
 
     def selection(self, batch: int = 2, seed: int = 3) -> et.TokenSelection:
         """Random tokens of every clip, made without the library's own selecting."""
@@ -185,8 +194,9 @@ class HostCase:
         """Fails where the gradients of two models, or two dicts of gradients, differ by more than rounding."""
         found, wanted = (each if isinstance(each, dict) else gradients(each) for each in (actual, expected))
         assert found.keys() == wanted.keys()
+        largest = max(each.abs().max() for each in wanted.values())
         for name, gradient in wanted.items():
-            if gradient.abs().max() < 1e-9 * max(each.abs().max() for each in wanted.values()):
+            if gradient.abs().max() < 1e-9 * largest:
                 assert "k_" in name or "key" in name, f"{name}: a gradient of zero proves nothing"
                 continue  # a key's bias moves every score of a query alike
             try:
@@ -287,10 +297,30 @@ def structure(model: Any) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Fails where a model's structure or state isn't at the end what it was, to the bit."""
+    before, state = structure(model), state_of(model)
+    yield
+    assert structure(model) == before
+    assert_same_state(model, state)
+
+
 def weighted(output: Tensor) -> Tensor:
     """A loss whose gradient is another one for each output."""
     weight = torch.linspace(-1, 2, output.numel(), dtype=output.dtype)
     return (output * weight.view_as(output)).sum()
+
+
+def counted_by_torch(model: Any, *args: Any) -> float:
+    """Half of what FlopCounterMode counts: for it a multiply–accumulate is two."""
+    model = copy.deepcopy(model).requires_grad_(False)  # it stumbles over parameters as arguments
+    for module in model.modules():  # it doesn't count fused attention on the CPU
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(*args)
+    return counter.get_total_flops() / 2
 
 
 def mask_of(index: Tensor, total: int) -> Tensor:

@@ -49,7 +49,7 @@ def hsic_cka(x: np.ndarray, y: np.ndarray) -> float:
     return hsic(kernel, other) / math.sqrt(hsic(kernel, kernel) * hsic(other, other))
 
 
-def test_the_four_distances_are_found_by_the_names_of_the_contract() -> None:
+def test_the_four_distances_are_found_by_the_names_of_the_contract():
     assert {"l2": l2, "l1": l1, "cosine": cosine, "cka": cka} == DISTANCES
 
 
@@ -74,7 +74,7 @@ def test_the_four_distances_are_found_by_the_names_of_the_contract() -> None:
         ("cka", [1, 2, 3, 4], [1, 3, 2, 5], -(5.5**2) / (5 * 8.75)),
     ],
 )
-def test_hand_worked(name: str, a: list[float], b: list[float], expected: float) -> None:
+def test_hand_worked(name, a, b, expected):
     x, y = torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)
     for first, second in ((x, y), (y, x)):
         value = DISTANCES[name](first, second)
@@ -84,7 +84,7 @@ def test_hand_worked(name: str, a: list[float], b: list[float], expected: float)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_vectors_against_float64_references(name: str) -> None:
+def test_random_vectors_against_float64_references(name):
     a, b = torch.randn(2, 3, 5, 32).unbind(0)
     got = DISTANCES[name](a, b)
     references = {
@@ -100,7 +100,7 @@ def test_random_vectors_against_float64_references(name: str) -> None:
             assert got[i, j].item() == pytest.approx(expected, abs=1e-6, rel=1e-5)
 
 
-def test_cka_is_the_squared_pearson_correlation_of_an_embedding_with_an_offset() -> None:
+def test_cka_is_the_squared_pearson_correlation_of_an_embedding_with_an_offset():
     a = torch.randn(64, 768) + 30
     b = 0.4 * a + torch.randn(64, 768) - 50
     expected = [-(np.corrcoef(x, y)[0, 1] ** 2) for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True)]
@@ -109,7 +109,7 @@ def test_cka_is_the_squared_pearson_correlation_of_an_embedding_with_an_offset()
 
 @pytest.mark.parametrize("name", ["cosine", "cka"])
 @pytest.mark.parametrize(("down", "up"), [(2.0**-147, 2.0**125), (2.0**-70, 2.0**-70), (2.0**120, 2.0**120)])
-def test_scale_free_distances_stay_right_where_squares_leave_float32(name: str, down: float, up: float) -> None:
+def test_scale_free_distances_stay_right_where_squares_leave_float32(name, down, up):
     a, b = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([4.0, 3.0, 0.0])
     # Centred they are (2, 5, -7) / 3 and (5, 2, -7) / 3: correlated by (10 + 10 + 49) / (4 + 25 + 49).
     expected = {"cosine": -24 / 25, "cka": -((69 / 78) ** 2)}[name]
@@ -118,47 +118,40 @@ def test_scale_free_distances_stay_right_where_squares_leave_float32(name: str, 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(values=st.lists(elements, min_size=1, max_size=9), dtype=st.sampled_from(DTYPES))
-def test_equal_vectors_give_exactly_the_least(name: str, values: list[float], dtype: torch.dtype) -> None:
+def test_equal_vectors_give_exactly_the_least(name, values, dtype):
     x = finite(values, dtype)
     assert DISTANCES[name](x, x.clone()).item() == LEAST[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [1e-42, 1e-20, 1.0, 1e20, 1e37])
-def test_equal_embeddings_give_exactly_the_least(name: str, scale: float) -> None:
-    x = torch.randn(50, 96) * scale
-    assert DISTANCES[name](x, x.clone()).tolist() == [LEAST[name]] * 50
+def test_equal_embeddings_give_exactly_the_least_and_no_others_less(name, scale):
+    x = torch.randn(500, 48) * scale
+    assert DISTANCES[name](x, x.clone()).tolist() == [LEAST[name]] * 500
+    for factor in (3.0, 0.7, -3.0):  # rounding would leave the range
+        value = DISTANCES[name](x, factor * x)
+        assert value.min() >= LEAST[name]
+        assert value.max() <= MOST[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(pair=pairs, dtype=st.sampled_from(DTYPES))
-def test_finite_input_never_gives_nan_nor_leaves_the_range(
-    name: str, pair: tuple[list[float], list[float]], dtype: torch.dtype
-) -> None:
+def test_finite_input_never_gives_nan_nor_leaves_the_range(name, pair, dtype):
     a, b = (finite(values, dtype) for values in pair)
     value = DISTANCES[name](a, b)
     assert value.dtype == torch.float32
     assert LEAST[name] <= value.item() <= MOST[name]  # False for NaN
 
 
-@pytest.mark.parametrize("name", ["cosine", "cka"])
-def test_rounding_makes_no_vector_less_changed_than_an_equal_one(name: str) -> None:
-    a = torch.randn(2000, 48)
-    for factor in (3.0, 0.7, -3.0):
-        value = DISTANCES[name](a, factor * a)
-        assert value.min() >= LEAST[name]
-        assert value.max() <= MOST[name]
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_signed_zero_is_a_zero(name: str) -> None:
+def test_a_signed_zero_is_a_zero(name):
     plus, minus = torch.tensor([0.0, 0.0, 2.0]), torch.tensor([-0.0, 0.0, 2.0])
     assert DISTANCES[name](plus, minus).item() == LEAST[name]
     assert DISTANCES[name](torch.zeros(3), -torch.zeros(3)).item() == LEAST[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_result_of_zero_has_no_sign(name: str) -> None:
+def test_a_result_of_zero_has_no_sign(name):
     # Radix sorts, as on CUDA, rank -0.0 below 0.0, which would break ties by something else than the index.
     a = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [3.0, 3.0]])
     values = torch.cat([DISTANCES[name](a[i].expand_as(a), a) for i in range(len(a))])
@@ -168,46 +161,40 @@ def test_a_result_of_zero_has_no_sign(name: str) -> None:
 
 @pytest.mark.parametrize("zero", [[0.0, 0.0], [-0.0, 0.0]])
 @pytest.mark.parametrize("other", [[1.0, 0.0], [-2.0, 5.0], [TINY, 0.0], [HUGE, HUGE]])
-def test_cosine_with_a_zero_vector_is_most_changed(zero: list[float], other: list[float]) -> None:
+def test_cosine_with_a_zero_vector_is_most_changed(zero, other):
     a, b = torch.tensor(zero), torch.tensor(other)
     assert cosine(a, b).item() == cosine(b, a).item() == 1.0
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, -3.7, 1e30, TINY])
 @pytest.mark.parametrize("size", [2, 3, 7, 768])
-def test_cka_of_a_constant_vector_is_most_changed(constant: float, size: int) -> None:
+def test_cka_of_a_constant_vector_is_most_changed(constant, size):
     flat = torch.full((size,), constant)  # the mean of seven 0.1 isn't 0.1 in float32
     for other in (torch.arange(size).float(), torch.randn(size), torch.full((size,), constant + 1)):
         if not torch.equal(flat, other):
             assert cka(flat, other).item() == cka(other, flat).item() == 0.0
 
 
-def test_cka_of_one_feature_knows_only_equal_and_different() -> None:
+def test_cka_of_one_feature_knows_only_equal_and_different():
     assert cka(torch.tensor([[2.0], [2.0]]), torch.tensor([[2.0], [3.0]])).tolist() == [-1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_undefined_and_equal_rows_do_not_touch_their_neighbours(name: str) -> None:
+def test_undefined_and_equal_rows_do_not_touch_their_neighbours(name):
     a = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])
     b = torch.tensor([[1.0, 2.0, 3.0], [4.0, 3.0, 0.0], [1.0, 2.0, 3.0], [1.0, 3.0, 2.0]])
     assert DISTANCES[name](a, b).tolist() == [DISTANCES[name](x, y).item() for x, y in zip(a, b, strict=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_input_equals_float32_of_the_same_values(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_type_is_computed_in_float32(name, dtype):
     a, b = torch.randn(2, 40, 24, dtype=torch.float64).to(dtype).unbind(0)
     assert torch.equal(DISTANCES[name](a, b), DISTANCES[name](a.float(), b.float()))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_float64_is_computed_in_float32(name: str) -> None:
-    a, b = torch.randn(2, 40, 24, dtype=torch.float64).unbind(0)
-    assert torch.equal(DISTANCES[name](a, b), DISTANCES[name](a.float(), b.float()))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_larger_means_more_changed(name: str) -> None:
+def test_larger_means_more_changed(name):
     a = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(4, 4)
     b = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3.5, 4], [1, 2, 5, 3], [4, 1, -3, 0]])  # further and further away
     value = DISTANCES[name](a, b)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from fractions import Fraction
-from itertools import combinations, permutations
-from typing import Any
+from itertools import permutations
 
 import pytest
 import torch
@@ -32,11 +30,11 @@ def exact_probabilities(counts: list[int], num_steps: int) -> dict[tuple[int, ..
     return {steps: float(probability) for steps, probability in total.items()}
 
 
-def draw(counts: list[int], num_steps: int, draws: int) -> Tensor:
-    return InfoFrameSampler()(torch.tensor(counts).expand(draws, -1), num_steps)
+def draw(counts: list[int], num_steps: int, draws: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return InfoFrameSampler()(torch.tensor(counts, dtype=dtype).expand(draws, -1), num_steps)
 
 
-def test_the_reference_by_hand() -> None:
+def test_the_reference_by_hand():
     # {0, 1} of 1:2:3 comes as 0 then 1 (1/6 · 2/5) or as 1 then 0 (2/6 · 1/4).
     assert exact_probabilities([1, 2, 3], 2)[0, 1] == pytest.approx(1 / 15 + 1 / 12)
     assert exact_probabilities([4, 0, 0], 2) == {(0, 1): 0.5, (0, 2): 0.5, (1, 2): 0}
@@ -57,21 +55,15 @@ def test_the_reference_by_hand() -> None:
         ([5, 5, 5, 5, 5], 3),
         ([2, 2, 6, 6], 3),
         ([5, 3, 2], 3),  # nothing to choose
+        ([0, 1, 0, 12_544, 0], 2),  # a rare step still comes before an empty one
     ],
 )
-def test_draws_come_as_often_as_the_law_says(
-    counts: list[int], num_steps: int, check_frequencies: Callable[..., None]
-) -> None:
-    check_frequencies(draw(counts, num_steps, 30_000), exact_probabilities(counts, num_steps))
+def test_draws_come_as_often_as_the_law_says(counts, num_steps, check_frequencies):
+    for dtype in (torch.int64, torch.float32):
+        check_frequencies(draw(counts, num_steps, 20_000, dtype), exact_probabilities(counts, num_steps))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
-def test_the_law_holds_for_counts_of_any_type(dtype: torch.dtype, check_frequencies: Callable[..., None]) -> None:
-    counts = torch.tensor([10, 1, 0, 4], dtype=dtype).expand(20_000, -1)
-    check_frequencies(InfoFrameSampler()(counts, 2), exact_probabilities([10, 1, 0, 4], 2))
-
-
-def test_each_clip_follows_its_own_counts_independently(check_frequencies: Callable[..., None]) -> None:
+def test_each_clip_follows_its_own_counts_independently(check_frequencies):
     counts = torch.tensor([[1, 2, 3], [7, 2, 1]]).repeat(20_000, 1)
     drawn = InfoFrameSampler()(counts, 1).view(-1, 2)
     joint = {(p, q): [1, 2, 3][p] / 6 * [7, 2, 1][q] / 10 for p in range(3) for q in range(3)}
@@ -83,7 +75,7 @@ def test_each_clip_follows_its_own_counts_independently(check_frequencies: Calla
     seed=st.integers(0, 10**6),
     data=st.data(),
 )
-def test_empty_steps_come_only_after_all_others(counts: list[int], seed: int, data: st.DataObject) -> None:
+def test_empty_steps_come_only_after_all_others(counts, seed, data):
     num_steps = data.draw(st.integers(1, len(counts)))
     repeated = torch.tensor(counts).expand(50, -1)
     drawn = InfoFrameSampler()(repeated, num_steps, torch.Generator().manual_seed(seed))
@@ -96,14 +88,7 @@ def test_empty_steps_come_only_after_all_others(counts: list[int], seed: int, da
     assert ((repeated.gather(1, drawn) > 0).sum(1) == min(filled, num_steps)).all()
 
 
-def test_a_rare_step_still_comes_before_an_empty_one() -> None:
-    drawn = draw([0, 1, 0, 12_544, 0], 2, 50_000)
-    assert torch.equal(drawn.unique(dim=0), torch.tensor([[1, 3]]))
-
-
-def test_a_generator_makes_the_draw_reproducible(
-    generator: Callable[[int], torch.Generator], global_rng_untouched: Callable[[], Any]
-) -> None:
+def test_a_generator_makes_the_draw_reproducible(generator, global_rng_untouched):
     sampler, counts = InfoFrameSampler(), torch.randint(1, 50, (8, 12))
     with global_rng_untouched():
         first = sampler(counts, 8, generator(5))
@@ -116,69 +101,41 @@ def test_a_generator_makes_the_draw_reproducible(
     assert torch.equal(sampler(counts, 8), second)
 
 
-def test_drawing_leaves_the_counts_alone() -> None:
+def test_drawing_leaves_the_counts_alone(global_rng_untouched):
     counts = torch.randint(0, 9, (4, 12))
     before = counts.clone()
     InfoFrameSampler()(counts, 8)
-    InfoFrameSampler().most_probable(counts, 8)
+    with global_rng_untouched():
+        InfoFrameSampler().most_probable(counts, 8)
     assert torch.equal(counts, before)
 
 
-@pytest.mark.parametrize(
-    ("counts", "num_steps", "expected"),
-    [
-        ([1, 9, 3, 4], 2, [1, 3]),
-        ([9, 1, 1, 8, 1], 3, [0, 1, 3]),  # ties to the earlier
-        ([0, 0, 0, 0], 2, [0, 1]),
-        ([0, 5, 0, 0], 3, [0, 1, 2]),
-        ([2, 2, 3, 2], 2, [0, 2]),
-        ([4, 3, 2], 3, [0, 1, 2]),
-    ],
-)
-def test_most_probable_by_hand(counts: list[int], num_steps: int, expected: list[int]) -> None:
-    got = InfoFrameSampler().most_probable(torch.tensor([counts, counts[::-1]]), num_steps)
-    assert got.dtype == torch.int64
-    assert got[0].tolist() == expected
-
-
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=30), data=st.data())
-def test_most_probable_against_brute_force(counts: list[int], data: st.DataObject) -> None:
+def test_most_probable_against_brute_force(counts, data):
     num_steps = data.draw(st.integers(1, len(counts)))
     expected = sorted(sorted(range(len(counts)), key=lambda i: (-counts[i], i))[:num_steps])
-    assert InfoFrameSampler().most_probable(torch.tensor([counts]), num_steps).tolist() == [expected]
+    got = InfoFrameSampler().most_probable(torch.tensor([counts, counts[::-1]]), num_steps)
+    assert got.dtype == torch.int64
+    assert got[0].tolist() == expected  # ties to the earlier
+    if len(counts) <= 6:
+        law = exact_probabilities(counts, num_steps)
+        assert law[tuple(expected)] == pytest.approx(max(law.values()))
 
 
-def test_most_probable_is_a_set_of_the_highest_probability() -> None:
-    counts = [3, 0, 4, 1, 5]
-    law = exact_probabilities(counts, 3)
-    best = tuple(InfoFrameSampler().most_probable(torch.tensor([counts]), 3)[0].tolist())
-    assert law[best] == max(law[steps] for steps in combinations(range(5), 3))
-
-
-def test_most_probable_draws_nothing(global_rng_untouched: Callable[[], Any]) -> None:
-    with global_rng_untouched():
-        InfoFrameSampler().most_probable(torch.zeros(2, 12, dtype=torch.int64), 8)
-
-
-@pytest.mark.parametrize(
-    ("alpha", "num_steps", "expected"),
-    [
+def test_number_of_candidates():
+    for alpha, num_steps, expected in (
         (1.3, 8, 10),
         (1.5, 8, 12),
         (1.8, 8, 14),
         (2.0, 8, 16),
         (2, 8, 16),
         (1.1, 10, 11),
-        (1.15, 100, 115),
-        (2.3, 10, 23),
-    ],
-)
-def test_number_of_candidates(alpha: float, num_steps: int, expected: int) -> None:
-    assert InfoFrameSampler(alpha).num_candidates(num_steps) == expected
+    ):
+        assert InfoFrameSampler(alpha).num_candidates(num_steps) == expected
 
 
 @given(text=st.from_regex(r"[1-3]\.[0-9]{1,4}", fullmatch=True), num_steps=st.integers(1, 64))
-def test_number_of_candidates_of_any_decimal(text: str, num_steps: int) -> None:
+def test_number_of_candidates_of_any_decimal(text, num_steps):
     expected = math.floor(Fraction(text) * num_steps)
     if Fraction(text) == 1:
         with pytest.raises(ValueError, match="alpha"):
@@ -190,14 +147,14 @@ def test_number_of_candidates_of_any_decimal(text: str, num_steps: int) -> None:
             InfoFrameSampler(float(text)).num_candidates(num_steps)
 
 
-def test_too_small_an_alpha_is_told_one_that_works() -> None:
+def test_too_small_an_alpha_is_told_one_that_works():
     with pytest.raises(ValueError, match=r"alpha 1\.1.*8 candidates for 8.*at least 1\.125"):
         InfoFrameSampler(1.1).num_candidates(8)
     assert InfoFrameSampler(1.125).num_candidates(8) == 9
 
 
 @pytest.mark.parametrize("value", [1, 1.0, 0.5, 0, -2.0, math.nan, math.inf, True, "1.5", None, [1.5]])
-def test_an_alpha_that_is_none_is_refused_when_made_and_when_set(value: Any) -> None:
+def test_an_alpha_that_is_none_is_refused_when_made_and_when_set(value):
     with pytest.raises(ValueError, match="alpha") as error:
         InfoFrameSampler(value)
     assert str(error.value).endswith(f"got {value!r}")
@@ -209,13 +166,13 @@ def test_an_alpha_that_is_none_is_refused_when_made_and_when_set(value: Any) -> 
 
 @pytest.mark.parametrize("method", ["__call__", "most_probable"])
 @pytest.mark.parametrize(("shape", "num_steps"), [((2, 7), 8), ((12,), 8), ((2, 12, 1), 8), ((2, 12), 0)])
-def test_counts_that_do_not_fit_are_told_their_shape(method: str, shape: tuple[int, ...], num_steps: int) -> None:
+def test_counts_that_do_not_fit_are_told_their_shape(method, shape, num_steps):
     with pytest.raises(ValueError, match=rf"at least {num_steps}") as error:
         getattr(InfoFrameSampler(), method)(torch.ones(shape), num_steps)
     assert str(shape) in str(error.value)
 
 
-def test_alpha_is_live_and_settings_are_json() -> None:
+def test_alpha_is_live_and_settings_are_json():
     sampler = InfoFrameSampler()
     assert sampler.alpha == 1.5
     sampler.alpha = 2

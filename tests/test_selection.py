@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from itertools import combinations
 from typing import Any
@@ -25,7 +24,6 @@ from everest_tokens import (
     TubeSelector,
 )
 from everest_tokens.policy import SelectionPolicy, selector_from
-from everest_tokens.selection import source_positions
 from everest_tokens.selectors import Selector, TokenSelector
 from everest_tokens.tubelets import Grid
 
@@ -69,13 +67,13 @@ def make_selection(**fields: Any) -> TokenSelection:
     return TokenSelection(**given)
 
 
-def test_a_selection_is_frozen() -> None:
+def test_a_selection_is_frozen():
     selection = make_selection()
     with pytest.raises(FrozenInstanceError):
         selection.grid = (1, 1, 1)  # type: ignore[misc]
 
 
-def test_kept_and_frame_counts_by_hand() -> None:
+def test_kept_and_frame_counts_by_hand():
     selection = make_selection()
     assert selection.kept.tolist() == [[0, 1, 2, 7, 11], [0, 3, 4, 5, 10]]
     assert selection.frame_counts.tolist() == [[3, 1, 1], [2, 2, 1]]
@@ -86,7 +84,7 @@ def test_kept_and_frame_counts_by_hand() -> None:
 
 
 @given(grid=st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(1, 4)), seed=st.integers(0, 10**6))
-def test_frame_counts_against_counting(grid: Grid, seed: int) -> None:
+def test_frame_counts_against_counting(grid, seed):
     generator = torch.Generator().manual_seed(seed)
     total, area = math.prod(grid), grid[1] * grid[2]
     size = int(torch.randint(1, total + 1, (), generator=generator))
@@ -95,14 +93,10 @@ def test_frame_counts_against_counting(grid: Grid, seed: int) -> None:
     assert TokenSelection(kept, None, grid).frame_counts.tolist() == expected
 
 
-@pytest.mark.parametrize("target", [True, False])
-@pytest.mark.parametrize("importance", [True, False])
-@pytest.mark.parametrize("steps", [True, False])
-def test_a_pytree_comes_back_whole(target: bool, importance: bool, steps: bool) -> None:
-    fields: dict[str, Any] = {} if target else {"target": None}
-    fields["importance"] = torch.randn(2, 12) if importance else None
-    fields["steps"] = torch.tensor([[0, 1, 4], [2, 3, 4]]) if steps else None
-    selection = make_selection(**fields)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_pytree_comes_back_whole(whole):
+    fields: dict[str, Any] = {"importance": torch.zeros(2, 12), "steps": torch.tensor([[0, 1, 4], [2, 3, 4]])}
+    selection = make_selection(**(fields if whole else {"target": None}))
     leaves, spec = pytree.tree_flatten(selection)
     assert not any(isinstance(leaf, (TokenSelection, tuple, int)) for leaf in leaves)  # the grid is structure
     for again in (spec, pytree.treespec_loads(pytree.treespec_dumps(spec))):  # as torch.export saves it
@@ -111,48 +105,19 @@ def test_a_pytree_comes_back_whole(target: bool, importance: bool, steps: bool) 
         assert back.grid == (3, 2, 2)
         for name in ("visible", "target", "importance", "steps"):
             assert getattr(back, name) is getattr(selection, name)
-
-
-def test_a_pytree_maps_over_every_tensor() -> None:
-    selection = make_selection(importance=torch.zeros(2, 12), steps=torch.zeros(2, 3, dtype=torch.int64))
-    moved = pytree.tree_map(lambda tensor: tensor + 1, selection)
-    for name in ("visible", "target", "importance", "steps"):
+    assert spec != pytree.tree_structure(make_selection(grid=(3, 4, 1)))
+    moved = pytree.tree_map_only(Tensor, lambda tensor: tensor + 1, selection)
+    for name in ("visible", "target", "importance", "steps") if whole else ("visible",):
         assert torch.equal(getattr(moved, name), getattr(selection, name) + 1)
-    assert pytree.tree_structure(moved) == pytree.tree_structure(selection)
-    assert pytree.tree_structure(selection) != pytree.tree_structure(make_selection(grid=(3, 4, 1)))
-
-
-def test_a_selection_is_an_input_that_torch_export_takes() -> None:
-    class Gather(nn.Module):
-        def forward(self, tokens: Tensor, selection: TokenSelection) -> Tensor:
-            return tokens.gather(1, selection.kept)
-
-    program = torch.export.export(Gather(), (torch.randn(2, 12), make_selection()))
-    tokens = torch.randn(2, 12)
-    assert torch.equal(program.module()(tokens, make_selection()), tokens.gather(1, make_selection().kept))
-
-
-@given(grid=st.tuples(st.integers(2, 4), st.integers(1, 4), st.integers(1, 4)), seed=st.integers(0, 10**6))
-def test_source_positions_against_counting(grid: Grid, seed: int) -> None:
-    t, h, w = grid
-    generator = torch.Generator().manual_seed(seed)
-    steps = torch.stack([torch.randperm(9, generator=generator)[:t].sort().values for _ in range(2)])
-    positions = torch.randint(0, t * h * w, (2, 6), generator=generator)
-    expected = [
-        [int(steps[b, n // (h * w)]) * h * w + n % (h * w) for n in row] for b, row in enumerate(positions.tolist())
-    ]
-    assert source_positions(positions, steps, grid).tolist() == expected
-    assert torch.equal(source_positions(positions, None, grid), positions)
 
 
 # Visible and target
 
 
-def test_the_papers_pre_training_numbers(check_indices: Callable[..., None]) -> None:
+def test_the_papers_pre_training_numbers(check_indices):
     policy, tokens = pretraining(), random_tokens(VIT)
     policy.check(VIT)
     selection = policy.select(tokens, VIT)
-    assert selection.target is not None
     check_indices(selection.visible, 3, 156, 1568)
     check_indices(selection.target, 3, 314, 1568)
     assert torch.equal(selection.kept, ReRoSelector(0.3)(tokens, VIT))  # 470, each in exactly one of the two
@@ -161,20 +126,14 @@ def test_the_papers_pre_training_numbers(check_indices: Callable[..., None]) -> 
     assert selection.frame_counts.sum(1).tolist() == [470] * 3
 
 
-@pytest.mark.parametrize(
-    ("keep_ratio", "mask_ratio", "visible", "target"),
-    [(0.4, 0.9, 156, 471), (0.3, 0.95, 78, 392), (0.3, 0.75, 392, 78), (1.0, 0.9, 156, 1412), (0.15, 0.9, 156, 79)],
-)
-def test_other_ratios(keep_ratio: float, mask_ratio: float, visible: int, target: int) -> None:
-    selection = pretraining(ReRoSelector(keep_ratio), mask_ratio).select(random_tokens(VIT, 1), VIT)
-    assert selection.target is not None
-    assert (selection.visible.shape, selection.target.shape) == ((1, visible), (1, target))
+def test_other_ratios():
+    for keep, mask, *numbers in ((0.4, 0.9, 156, 471), (0.3, 0.95, 78, 392), (0.3, 0.75, 392, 78), (1, 0.9, 156, 1412)):
+        selection = pretraining(ReRoSelector(keep), mask).select(random_tokens(VIT, 1), VIT)
+        assert [selection.visible.shape[1], selection.target.shape[1]] == numbers
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_visible_are_uniform_over_the_kept_and_independent_across_clips(
-    training: bool, check_frequencies: Callable[..., None]
-) -> None:
+def test_visible_are_uniform_over_the_kept_and_independent_across_clips(training, check_frequencies):
     grid = (2, 1, 6)
     tokens = torch.zeros(1, 12, 1)
     tokens[0, [7, 10]] = 1.0  # the kept: places 1 and 4 of both steps
@@ -185,11 +144,10 @@ def test_visible_are_uniform_over_the_kept_and_independent_across_clips(
     check_frequencies(selection.visible, dict.fromkeys(sets, 1 / 6))
     check_frequencies(selection.visible.view(-1, 4), {a + b: 1 / 36 for a in sets for b in sets})
     assert selection.kept.unique(dim=0).tolist() == [kept]
-    assert selection.target is not None
     assert selection.target.diff(dim=1).gt(0).all()
 
 
-def test_an_encoder_sees_every_kept_token() -> None:
+def test_an_encoder_sees_every_kept_token():
     tokens = random_tokens(VIT)
     selection = encoder().select(tokens, VIT)
     assert selection.target is None
@@ -198,24 +156,10 @@ def test_an_encoder_sees_every_kept_token() -> None:
     assert selection.kept is selection.visible
 
 
-@pytest.mark.parametrize("with_importance", [True, False])
-@pytest.mark.parametrize("selector", [ReRoSelector(0.3, "l1"), RandomSelector(0.3)])
-def test_importance_is_reported_where_asked_and_known(selector: Selector, with_importance: bool) -> None:
-    tokens = random_tokens((4, 3, 4)).requires_grad_()
-    importance = encoder(selector).select(tokens, (4, 3, 4), with_importance=with_importance).importance
-    if with_importance and isinstance(selector, ReRoSelector):
-        assert importance is not None
-        assert torch.equal(importance, selector.importance(tokens, (4, 3, 4)))
-        assert not importance.requires_grad
-    else:
-        assert importance is None
-
-
-def test_videomae_itself(check_indices: Callable[..., None]) -> None:
+def test_videomae_itself(check_indices):
     policy = pretraining(RandomSelector(1.0), visible=TubeSelector(0.1))
     policy.check(VIT)
     selection = policy.select(random_tokens(VIT), VIT)
-    assert selection.target is not None
     check_indices(selection.visible, 3, 160, 1568)
     check_indices(selection.target, 3, 1408, 1568)
     assert torch.equal(selection.kept, torch.arange(1568).expand(3, -1))
@@ -235,15 +179,12 @@ def test_videomae_itself(check_indices: Callable[..., None]) -> None:
         (0.25, (12, 2, 4), 12, 24 - 3),
     ],
 )
-def test_dual_masking_predicts_exactly_the_kept_that_are_not_visible(
-    ratio: float, grid: Grid, visible: int, target: int, check_indices: Callable[..., None]
-) -> None:
+def test_dual_masking_predicts_exactly_the_kept_that_are_not_visible(ratio, grid, visible, target, check_indices):
     cells, tubes = RunningCellSelector(ratio), TubeSelector(0.1)
     policy = pretraining(cells, visible=tubes)
     policy.check(grid)
     kept, seen = recording(cells), recording(tubes)
     selection = policy.select(random_tokens(grid, 16), grid)
-    assert selection.target is not None
     check_indices(selection.visible, 16, visible, math.prod(grid))
     check_indices(selection.target, 16, target, math.prod(grid))
     assert torch.equal(selection.visible, seen[0])
@@ -253,29 +194,20 @@ def test_dual_masking_predicts_exactly_the_kept_that_are_not_visible(
 
 
 @pytest.mark.parametrize(("distance", "descending"), [("l2", True), ("cka", True), ("l1", False)])
-def test_the_most_changed_of_the_kept_can_be_the_visible(distance: str, descending: bool) -> None:
+def test_the_most_changed_of_the_kept_can_be_the_visible(distance, descending):
     grid = (4, 3, 5)
     tokens = random_tokens(grid)
     wide, narrow = (ReRoSelector(ratio, distance, descending) for ratio in (0.5, 0.2))
     policy = pretraining(wide, visible=narrow)
     policy.check(grid)
     selection = policy.select(tokens, grid)
-    assert selection.target is not None
     assert torch.equal(selection.visible, narrow(tokens, grid))
     assert torch.equal(selection.kept, wide(tokens, grid))
     assert selection.target.shape == (3, 30 - 12)
 
 
-def test_two_rankings_by_the_same_callable_nest() -> None:
-    def by_first_feature(a: Tensor, b: Tensor) -> Tensor:
-        return a[..., 0] - b[..., 0]
-
-    policy = pretraining(ReRoSelector(0.5, by_first_feature), visible=ReRoSelector(0.2, by_first_feature))
-    policy.check((4, 3, 5))
-
-
 @pytest.mark.parametrize("visible", [RandomSelector(0.1), ReRoSelector(0.1), RunningCellSelector(0.25)])
-def test_any_visible_fits_where_everything_is_kept(visible: Selector) -> None:
+def test_any_visible_fits_where_everything_is_kept(visible):
     grid = (4, 4, 6)
     policy = pretraining(RandomSelector(1.0), visible=visible)
     policy.check(grid)
@@ -301,16 +233,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("selector", "visible", "grid"), REFUSED.values(), ids=REFUSED)
-def test_an_overlap_that_differs_from_clip_to_clip_is_refused(
-    selector: Selector, visible: Selector, grid: Grid
-) -> None:
+def test_an_overlap_that_differs_from_clip_to_clip_is_refused(selector, visible, grid):
     with pytest.raises(ValueError, match=r"differs from clip to clip") as error:
         pretraining(selector, visible=visible).check(grid)
     for part in (selector, visible, grid):
         assert repr(part) in str(error.value)
 
 
-def test_such_an_overlap_set_on_the_live_handle_is_refused_at_the_next_selection() -> None:
+def test_such_an_overlap_set_on_the_live_handle_is_refused_at_the_next_selection():
     # Else 80 or so of the tokens that should be targets are silently left out, others in each clip.
     selector = RandomSelector(1.0)
     policy = pretraining(selector, visible=TubeSelector(0.1))
@@ -318,17 +248,6 @@ def test_such_an_overlap_set_on_the_live_handle_is_refused_at_the_next_selection
     selector.keep_ratio = 0.5
     with pytest.raises(ValueError, match=r"differs from clip to clip"):
         policy.select(random_tokens(VIT), VIT)
-
-
-@pytest.mark.parametrize("tube", [0.5, 0.75])
-def test_tubes_at_least_as_many_as_the_running_cells_still_leave_targets(tube: float) -> None:
-    cells, tubes = RunningCellSelector(0.5), TubeSelector(tube)
-    policy, grid = pretraining(cells, visible=tubes), (4, 4, 4)
-    policy.check(grid)
-    kept, seen = recording(cells), recording(tubes)
-    selection = policy.select(random_tokens(grid), grid)
-    assert selection.target is not None
-    assert as_sets(selection.target) == [k - v for k, v in zip(as_sets(kept[0]), as_sets(seen[0]), strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -341,33 +260,29 @@ def test_tubes_at_least_as_many_as_the_running_cells_still_leave_targets(tube: f
         (pretraining(RandomSelector(1.0), visible=TubeSelector(1.0)), r"TubeSelector\(.*gives 1568 visible of 1568"),
     ],
 )
-def test_a_split_without_visible_or_without_target_is_refused(policy: SelectionPolicy, told: str) -> None:
+def test_a_split_without_visible_or_without_target_is_refused(policy, told):
     for attempt in (lambda: policy.check(VIT), lambda: policy.select(random_tokens(VIT, 1), VIT)):
         with pytest.raises(ValueError, match=told):
             attempt()
 
 
 @pytest.mark.parametrize(
-    ("policy", "told"),
+    ("policy", "grid", "told"),
     [
-        (encoder(ReRoSelector(0.0001)), r"keep_ratio 0\.0001.*\(8, 14, 14\)"),
-        (encoder(frame_sampler=InfoFrameSampler(1.1)), r"alpha 1\.1.*8 candidates for 8"),
+        (encoder(ReRoSelector(0.0001)), VIT, r"keep_ratio 0\.0001.*\(8, 14, 14\)"),
+        (encoder(frame_sampler=InfoFrameSampler(1.1)), VIT, r"alpha 1\.1.*8 candidates for 8"),
+        (encoder(RunningCellSelector(0.5)), (8, 7, 14), r"\(8, 7, 14\)"),
     ],
 )
-def test_settings_that_a_grid_cannot_take_are_refused(policy: SelectionPolicy, told: str) -> None:
+def test_settings_that_a_grid_cannot_take_are_refused(policy, grid, told):
     with pytest.raises(ValueError, match=told):
-        policy.check(VIT)
-
-
-def test_cells_on_an_odd_grid_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(8, 7, 14\)"):
-        encoder(RunningCellSelector(0.5)).check((8, 7, 14))
+        policy.check(grid)
 
 
 # Custom selectors
 
 
-def test_a_callable_selects_and_is_put_in_order() -> None:
+def test_a_callable_selects_and_is_put_in_order():
     seen = []
 
     def own(tokens: Tensor, grid: Grid) -> Tensor:
@@ -379,7 +294,7 @@ def test_a_callable_selects_and_is_put_in_order() -> None:
     assert seen == [((2, 8, 4), (2, 2, 2))]
 
 
-def test_a_callable_chooses_the_visible_among_the_kept() -> None:
+def test_a_callable_chooses_the_visible_among_the_kept():
     policy = pretraining(
         lambda tokens, grid: torch.tensor([[7, 1, 3, 0], [2, 4, 5, 6]]),
         visible=lambda tokens, grid: torch.tensor([[3, 1], [6, 2]]),
@@ -387,30 +302,27 @@ def test_a_callable_chooses_the_visible_among_the_kept() -> None:
     policy.check((2, 2, 2))
     selection = policy.select(random_tokens((2, 2, 2), 2), (2, 2, 2))
     assert selection.visible.tolist() == [[1, 3], [2, 6]]
-    assert selection.target is not None
     assert selection.target.tolist() == [[0, 7], [4, 5]]
 
 
-def test_the_mask_ratio_has_no_say_where_a_callable_chooses_the_visible() -> None:
+def test_the_mask_ratio_has_no_say_where_a_callable_chooses_the_visible():
     # 156 of 1568 are kept, as many as mask_ratio 0.9 would make visible; the callable leaves 56 of them as targets.
     rero = ReRoSelector(0.1)
     policy = pretraining(rero, visible=lambda tokens, grid: rero(tokens, grid)[:, :100])
     selection = policy.select(random_tokens(VIT, 1), VIT)
-    assert selection.target is not None
     assert (selection.visible.shape, selection.target.shape) == ((1, 100), (1, 56))
 
 
-def test_a_callable_that_leaves_no_target_is_refused() -> None:
+def test_a_callable_that_leaves_no_target_is_refused():
     rero = ReRoSelector(0.3)
     policy = pretraining(rero, visible=lambda tokens, grid: rero(tokens, grid))
     with pytest.raises(ValueError, match="470 visible of 470"):
         policy.select(random_tokens(VIT, 1), VIT)
 
 
-def test_a_callable_splits_by_the_mask_ratio_too() -> None:
+def test_a_callable_splits_by_the_mask_ratio_too():
     policy = pretraining(lambda tokens, grid: torch.tensor([[9, 2, 5, 7]]), mask_ratio=0.7)
     selection = policy.select(random_tokens((2, 1, 5), 1), (2, 1, 5))
-    assert selection.target is not None
     assert (selection.visible.shape, selection.target.shape) == ((1, 3), (1, 1))
     assert selection.kept.tolist() == [[2, 5, 7, 9]]
 
@@ -427,55 +339,34 @@ def test_a_callable_splits_by_the_mask_ratio_too() -> None:
         (None, "NoneType"),
     ],
 )
-def test_a_callable_that_returns_something_else_is_told_what(returned: Any, told: str) -> None:
+def test_a_callable_that_returns_something_else_is_told_what(returned, told):
     with pytest.raises(ValueError, match=r"int64 indices \(2, K\), got " + told):
         encoder(lambda tokens, grid: returned).select(random_tokens((2, 2, 2), 2), (2, 2, 2))
 
 
-class WithParameter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scorer = nn.Linear(3, 1)
-
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        return tokens.new_zeros(1, 1, dtype=torch.int64)
-
-
-class WithBuffer(WithParameter):
-    def __init__(self, persistent: bool) -> None:
-        super().__init__()
-        del self.scorer
-        self.register_buffer("table", torch.zeros(1), persistent=persistent)
-
-
-def learned_rero() -> ReRoSelector:
-    return ReRoSelector(distance=nn.Bilinear(4, 4, 1))
-
-
 @pytest.mark.parametrize(
-    ("make", "state"),
+    "selector",
     [
-        (WithParameter, "scorer.weight"),
-        (lambda: WithParameter().requires_grad_(False), "scorer.bias"),
-        (lambda: WithBuffer(True), "table"),
-        (lambda: WithBuffer(False), "table"),
-        (learned_rero, "weight"),
+        nn.Linear(4, 1),
+        nn.Linear(4, 1).requires_grad_(False),
+        nn.BatchNorm1d(4, affine=False),
+        ReRoSelector(distance=nn.Bilinear(4, 4, 1)),
     ],
-    ids=["parameters", "frozen parameters", "buffer", "buffer that isn't saved", "parameters of a distance"],
+    ids=["parameters", "frozen parameters", "buffers", "parameters of a distance"],
 )
-def test_a_selector_with_state_is_refused_when_made_and_when_set(make: Callable[[], nn.Module], state: str) -> None:
-    with pytest.raises(TypeError, match=f"selector must have neither.*{state}"):
-        encoder(make())
-    with pytest.raises(TypeError, match=f"visible must have neither.*{state}"):
-        pretraining(visible=make())
+def test_a_selector_with_state_is_refused_when_made_and_when_set(selector):
+    with pytest.raises(TypeError, match=r"selector must have neither.*(weight|running_mean)"):
+        encoder(selector)
+    with pytest.raises(TypeError, match=r"visible must have neither.*(weight|running_mean)"):
+        pretraining(visible=selector)
     policy = encoder()
     before = policy.selector
     with pytest.raises(TypeError, match="neither parameters nor buffers"):
-        policy.selector = make()
+        policy.selector = selector
     assert policy.selector is before
 
 
-def test_a_module_without_state_is_a_selector() -> None:
+def test_a_module_without_state_is_a_selector():
     class FirstTokens(nn.Module):
         def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
             return torch.arange(3).expand(tokens.shape[0], -1)
@@ -483,87 +374,27 @@ def test_a_module_without_state_is_a_selector() -> None:
     assert encoder(FirstTokens()).select(random_tokens((2, 2, 2)), (2, 2, 2)).visible.tolist() == [[0, 1, 2]] * 3
 
 
-@pytest.mark.parametrize("value", ["rero", 0.3, None])
-def test_what_cannot_be_called_is_no_selector(value: Any) -> None:
-    with pytest.raises(TypeError, match=f"selector must be a callable.*got {value!r}"):
-        SelectionPolicy("encoder", value, 0.9, None, None)
-
-
 # Settings
 
 
-@pytest.mark.parametrize("value", [0, 1, 1.0, -0.1, 1.5, math.nan, True, "0.9", None])
-def test_a_mask_ratio_that_is_none_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"mask_ratio.*got ") as error:
-        pretraining(mask_ratio=value)
-    assert str(error.value).endswith(repr(value))
-
-
 @pytest.mark.parametrize("value", [1.5, "info", lambda counts, num_steps: counts])
-def test_a_frame_sampler_is_an_info_frame_sampler(value: Any) -> None:
+def test_a_frame_sampler_is_an_info_frame_sampler(value):
     with pytest.raises(TypeError, match=rf"InfoFrameSampler.*got {type(value).__name__}"):
         encoder(frame_sampler=value)
 
 
-def test_an_encoder_has_no_visible_to_choose() -> None:
+def test_an_encoder_has_no_visible_to_choose():
     policy = encoder()
     with pytest.raises(ValueError, match=r"visible=.*TubeSelector.*encoder"):
         policy.visible = TubeSelector(0.1)
     assert policy.visible is None
 
 
-def test_settings_follow_every_live_change_as_json() -> None:
-    rero, tubes, sampler = ReRoSelector(0.3), TubeSelector(0.1), InfoFrameSampler(1.5)
-    policy = pretraining(rero, frame_sampler=sampler)
-    assert policy.selector is rero
-    assert policy.frame_sampler is sampler
-
-    def written() -> Any:
-        return json.loads(json.dumps(policy.settings))
-
-    assert written() == {
-        "task": "pretraining",
-        "selector": {"name": "ReRoSelector", "keep_ratio": 0.3, "distance": "l2", "descending": True},
-        "mask_ratio": 0.9,
-        "visible": None,
-        "frame_sampler": {"name": "InfoFrameSampler", "alpha": 1.5},
-    }
-    held = policy.settings  # what config.everest is
-    rero.keep_ratio = 0.5
-    rero.distance = "cka"
-    policy.mask_ratio = 0.95
-    sampler.alpha = 2
-    assert written()["selector"] == {"name": "ReRoSelector", "keep_ratio": 0.5, "distance": "cka", "descending": True}
-    assert (written()["mask_ratio"], written()["frame_sampler"]["alpha"]) == (0.95, 2.0)
-    policy.selector = RunningCellSelector(0.5)
-    policy.visible = tubes
-    tubes.keep_ratio = 0.2
-    policy.frame_sampler = None
-    assert written()["selector"] == {"name": "RunningCellSelector", "keep_ratio": 0.5}
-    assert written()["visible"] == {"name": "TubeSelector", "keep_ratio": 0.2}
-    assert written()["frame_sampler"] is None
-    policy.selector = lambda tokens, grid: torch.zeros(1, 1, dtype=torch.int64)
-    assert written()["selector"] == {"name": "custom"}
-    assert policy.settings is held
-
-
-def test_live_changes_take_effect_at_the_next_selection() -> None:
-    selector, tokens = ReRoSelector(0.3), random_tokens(VIT, 1)
-    policy = pretraining(selector)
-    selector.keep_ratio = 0.5
-    policy.mask_ratio = 0.8
-    selection = policy.select(tokens, VIT)
-    assert selection.target is not None
-    assert (selection.visible.shape[1], selection.target.shape[1]) == (313, 784 - 313)
-    policy.selector = TubeSelector(0.25)
-    assert policy.select(tokens, VIT).kept.shape[1] == 392
-
-
 @pytest.mark.parametrize(
     "selector",
     [ReRoSelector(0.45, "cosine", False), RandomSelector(0.2), TubeSelector(0.1), RunningCellSelector(0.75)],
 )
-def test_a_selector_is_rebuilt_from_what_json_says(selector: TokenSelector) -> None:
+def test_a_selector_is_rebuilt_from_what_json_says(selector):
     recorded = json.loads(json.dumps(encoder(selector).settings["selector"]))
     again = selector_from(recorded, "selector")
     assert isinstance(again, TokenSelector)
@@ -576,11 +407,9 @@ class OwnSelector(ReRoSelector):
 
 
 @pytest.mark.parametrize(
-    "selector",
-    [lambda tokens, grid: tokens, OwnSelector(0.3), ReRoSelector(0.3, lambda a, b: a[..., 0])],
-    ids=["function", "subclass", "distance"],
+    "selector", [OwnSelector(0.3), ReRoSelector(0.3, lambda a, b: a[..., 0])], ids=["subclass", "distance"]
 )
-def test_a_custom_selector_must_be_passed_again(selector: Selector) -> None:
+def test_a_custom_selector_must_be_passed_again(selector):
     recorded = json.loads(json.dumps(encoder(selector).settings["selector"]))
     with pytest.raises(ValueError, match=r"custom selector.*pass selector="):
         selector_from(recorded, "selector")
@@ -600,9 +429,7 @@ def test_a_custom_selector_must_be_passed_again(selector: Selector) -> None:
         pretraining(TubeSelector(0.5), frame_sampler=InfoFrameSampler(1.5)),
     ],
 )
-def test_a_generator_is_behind_every_random_choice(
-    policy: SelectionPolicy, generator: Callable[[int], torch.Generator], global_rng_untouched: Callable[[], Any]
-) -> None:
+def test_a_generator_is_behind_every_random_choice(policy, generator, global_rng_untouched):
     grid = (4, 4, 6)
     tokens = random_tokens((policy.num_candidates(4), 4, 6), 8)
 
@@ -616,50 +443,29 @@ def test_a_generator_is_behind_every_random_choice(
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_eval_draws_the_visible_too() -> None:
-    policy, tokens = pretraining(), random_tokens(VIT, 1)
-    first, second = (policy.select(tokens, VIT, training=False) for _ in range(2))
-    assert not torch.equal(first.visible, second.visible)
-    assert torch.equal(first.kept, second.kept)
-
-
 # Frames
 
 # Two places over five candidate steps. Place 0 jumps by 6 at step 1, place 1 by 1, 1 and 3 at steps 2, 3, 4.
 CANDIDATES = torch.tensor([[0.0, 0], [6, 0], [6, 1], [6, 2], [6, 5]])
 
 
-def hand_made_policy() -> SelectionPolicy:
-    return encoder(ReRoSelector(0.3), InfoFrameSampler(1.7))  # 5 candidates for 3 steps, 3 of their 10 tokens kept
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_importance_is_computed_again_between_the_drawn_steps(training: bool) -> None:
+def test_each_clip_draws_its_own_steps_and_importance_is_computed_again_between_them(training):
     # Kept of the candidates: 6, 6 (its tie at step 0) and 3, so c = 1 1 0 0 1: steps 0, 1, 4 are certain.
     # Between these, place 1 jumps by 5 at the last; a single token of the six is kept, the first of 6, 0, 6, 0, 0, 5.
-    selection = hand_made_policy().select(CANDIDATES.view(1, 10, 1), (3, 1, 2), training=training, with_importance=True)
-    assert selection.steps is not None
-    assert selection.importance is not None
-    assert selection.steps.tolist() == [[0, 1, 4]]
-    assert selection.grid == (3, 1, 2)
-    assert selection.importance.tolist() == [[6.0, 0, 6, 0, 0, 5]]
-    assert selection.visible.tolist() == [[0]]
-
-
-def test_each_clip_draws_its_own_steps() -> None:
     # Backwards, place 1 changes by 3 at step 1 and place 0 by 6 at the last: steps 0, 1 and 4 again. Held for a step
     # longer, the other clip's last jump comes at step 3.
     other = torch.tensor([[0.0, 0], [6, 0], [6, 2], [6, 5], [6, 5]])  # changes 6 | 2 | 3 | 0: c = 1 1 0 1 0
     tokens = torch.stack([CANDIDATES, other, CANDIDATES.flip(0)]).view(3, 10, 1)
-    selection = hand_made_policy().select(tokens, (3, 1, 2), with_importance=True)
-    assert selection.steps is not None
-    assert selection.importance is not None
+    policy = encoder(ReRoSelector(0.3), InfoFrameSampler(1.7))  # 5 candidates for 3 steps, 3 of their 10 tokens kept
+    selection = policy.select(tokens, (3, 1, 2), training=training, with_importance=True)
+    assert selection.grid == (3, 1, 2)
     assert selection.steps.tolist() == [[0, 1, 4], [0, 1, 3], [0, 1, 4]]
     assert selection.importance.tolist() == [[6, 0, 6, 0, 0, 5], [6, 0, 6, 0, 0, 5], [0, 3, 0, 3, 6, 2]]
     assert selection.visible.tolist() == [[0], [0], [4]]
 
 
-def test_training_draws_by_the_counts_and_eval_takes_the_most_probable(check_frequencies: Callable[..., None]) -> None:
+def test_training_draws_by_the_counts_and_eval_takes_the_most_probable(check_frequencies):
     # Four candidates for two steps. Place 0 changes at step 1 (and so at 0), two places at step 2, four at step 3.
     steps = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [2, 1, 0, 0], [3, 2, 1, 1]])
     policy = encoder(ReRoSelector(0.5), InfoFrameSampler(2.0))  # 8 of 16 kept: c = 1 1 2 4
@@ -671,47 +477,24 @@ def test_training_draws_by_the_counts_and_eval_takes_the_most_probable(check_fre
         for a, b in combinations(range(4), 2)
     }
     drawn = policy.select(tokens, (2, 2, 2)).steps
-    assert drawn is not None
     check_frequencies(drawn, law)
     likeliest = policy.select(tokens, (2, 2, 2), training=False).steps
-    assert likeliest is not None
     assert likeliest.unique(dim=0).tolist() == [[2, 3]]
 
 
 @pytest.mark.parametrize("selector", [RandomSelector(0.5), TubeSelector(0.5), RunningCellSelector(0.5)])
 @pytest.mark.parametrize("training", [True, False])
-def test_frames_are_drawn_around_random_selectors_too(
-    selector: Selector, training: bool, check_indices: Callable[..., None]
-) -> None:
+def test_frames_are_drawn_around_random_selectors_too(selector, training, check_indices):
     policy, grid = pretraining(selector, frame_sampler=InfoFrameSampler(1.5)), (4, 4, 6)
     assert policy.num_candidates(4) == 6
     selection = policy.select(random_tokens((6, 4, 6)), grid, training=training)
-    assert selection.steps is not None
-    assert selection.target is not None
     check_indices(selection.steps, 3, 4, 6)
     check_indices(selection.visible, 3, 9, 96)
     check_indices(selection.target, 3, 39, 96)
 
 
-@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.8, 2.0])
-def test_drawn_steps_select_as_the_drawn_clip_alone(alpha: float) -> None:
-    grid = (8, 3, 5)
-    policy = encoder(ReRoSelector(0.6), InfoFrameSampler(alpha))
-    candidates = policy.num_candidates(8)
-    assert candidates == {1.3: 10, 1.5: 12, 1.8: 14, 2.0: 16}[alpha]
-    tokens = random_tokens((candidates, 3, 5))
-    selection = policy.select(tokens, grid)
-    assert selection.steps is not None
-    clip = torch.stack([one.view(candidates, 15, 4)[at] for one, at in zip(tokens, selection.steps, strict=True)])
-    assert torch.equal(selection.visible, ReRoSelector(0.6)(clip.flatten(1, 2), grid))
-
-
-def test_without_a_sampler_the_candidates_are_the_steps() -> None:
-    assert encoder().num_candidates(8) == 8
-
-
 @pytest.mark.parametrize("steps", [8, 11, 13])
-def test_tokens_of_another_number_of_candidates_are_refused(steps: int) -> None:
+def test_tokens_of_another_number_of_candidates_are_refused(steps):
     policy = encoder(frame_sampler=InfoFrameSampler(1.5))
     with pytest.raises(ValueError, match=rf"\(B, {12 * 15}, D\).*{steps * 15}"):
         policy.select(random_tokens((steps, 3, 5)), (8, 3, 5))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from everest_tokens import RandomSelector, ReRoSelector, RunningCellSelector, TubeSelector
-from everest_tokens.selectors import TokenSelector
 
 DISTANCES = ["l2", "l1", "cosine", "cka"]
 RANDOM = [RandomSelector, TubeSelector, RunningCellSelector]
@@ -55,39 +52,18 @@ def still_tokens(grid: tuple[int, int, int], size: int = 4) -> Tensor:
 # How many
 
 
-@pytest.mark.parametrize(
-    ("ratio", "count", "expected"),
-    [
-        (0.1, 1000, 100),
-        (0.3, 1568, 470),
-        (0.6, 1568, 940),
-        (0.29, 100, 29),
-        (0.58, 100, 58),
-        (0.07, 100, 7),
-        (0.7, 10, 7),
-        (1 / 3, 3, 1),
-        (2 / 3, 1569, 1046),
-        (0.999, 1000, 999),
-        (0.666666, 3, 1),  # 1.999998
-        (1.0, 1568, 1568),
-        (1, 1568, 1568),
-        (0.0051, 196, 0),
-    ],
-)
 @pytest.mark.parametrize("cls", [ReRoSelector, RandomSelector])
-def test_count_is_the_floor_of_what_the_decimal_says(
-    cls: type[TokenSelector], ratio: float, count: int, expected: int
-) -> None:
-    selector = cls(ratio)
-    if expected == 0:
-        with pytest.raises(ValueError, match=r"0\.0051.*\(1, 1, 196\).*196 tokens"):
-            selector.num_kept((1, 1, count))
-    else:
-        assert selector.num_kept((1, 1, count)) == expected
+def test_count_is_the_floor_of_what_the_decimal_says(cls):
+    for ratio, count in ((0.1, 1000), (0.3, 1568), (0.6, 1568), (0.29, 100), (0.58, 100), (0.07, 100), (0.7, 10)):
+        assert cls(ratio).num_kept((1, 1, count)) == math.floor(Fraction(str(ratio)) * count)
+    for ratio, count, expected in ((1 / 3, 3, 1), (2 / 3, 1569, 1046), (0.666666, 3, 1), (1.0, 1568, 1568), (1, 9, 9)):
+        assert cls(ratio).num_kept((1, 1, count)) == expected
+    with pytest.raises(ValueError, match=r"0\.0051.*\(1, 1, 196\).*196 tokens"):
+        cls(0.0051).num_kept((1, 1, 196))
 
 
 @given(text=st.from_regex(r"0\.[0-9]{0,5}[1-9]", fullmatch=True), count=st.integers(1, 40_000))
-def test_count_of_any_decimal(text: str, count: int) -> None:
+def test_count_of_any_decimal(text, count):
     expected = math.floor(Fraction(text) * count)
     if expected:
         assert RandomSelector(float(text)).num_kept((1, 1, count)) == expected
@@ -96,17 +72,9 @@ def test_count_of_any_decimal(text: str, count: int) -> None:
             RandomSelector(float(text)).num_kept((1, 1, count))
 
 
-@given(parts=st.integers(1, 400), times=st.integers(1, 50), data=st.data())
-def test_count_of_whole_shares(parts: int, times: int, data: st.DataObject) -> None:
-    share = data.draw(st.integers(1, parts))
-    assert RandomSelector(share / parts).num_kept((1, 1, parts * times)) == share * times
-
-
 @pytest.mark.parametrize("cls", SELECTORS)
 @pytest.mark.parametrize("grid", [VIT, (4, 6, 10), (2, 2, 8)])
-def test_indices_are_int64_ascending_and_without_repeats(
-    cls: type[TokenSelector], grid: tuple[int, int, int], check_indices: Callable[..., None]
-) -> None:
+def test_indices_are_int64_ascending_and_without_repeats(cls, grid, check_indices):
     total = math.prod(grid)
     tokens = torch.randn(3, total, 5)
     for ratio in (0.25, 0.5, 0.75):
@@ -120,9 +88,7 @@ def test_indices_are_int64_ascending_and_without_repeats(
 @pytest.mark.parametrize("descending", [True, False])
 @pytest.mark.parametrize("distance", ["l2", "l1"])
 @given(clip=integer_clips, ratio=st.integers(1, 20))
-def test_ranking_against_brute_force(
-    distance: str, descending: bool, clip: tuple[tuple[int, int, int], int, int], ratio: int
-) -> None:
+def test_ranking_against_brute_force(distance, descending, clip, ratio):
     grid, size, seed = clip
     size = 1 if distance == "l1" else size  # of one feature l1 and l2 are the same number
     tokens = integer_tokens(grid, size, seed)
@@ -137,17 +103,7 @@ def test_ranking_against_brute_force(
         assert row == sorted(ranked[:kept])
 
 
-@given(clip=integer_clips)
-def test_l2_importance_in_numbers(clip: tuple[tuple[int, int, int], int, int]) -> None:
-    grid, size, seed = clip
-    tokens = integer_tokens(grid, size, seed)
-    importance = ReRoSelector().importance(tokens, grid)
-    assert importance.dtype == torch.float32
-    for row, values in zip(importance, tokens.int().tolist(), strict=True):
-        np.testing.assert_allclose(row.numpy() ** 2, change_by_hand(values, grid), rtol=1e-6)
-
-
-def test_importance_by_hand() -> None:
+def test_importance_by_hand():
     # Two places over three steps: (0,0) -> (3,4) -> (3,4) and (1,1) -> (1,1) -> (1,3).
     tokens = torch.tensor([[[0.0, 0], [1, 1], [3, 4], [1, 1], [3, 4], [1, 3]]])
     expected = {"l2": [5.0, 0, 5, 0, 0, 2], "l1": [7.0, 0, 7, 0, 0, 2]}
@@ -161,7 +117,7 @@ def test_importance_by_hand() -> None:
 
 @pytest.mark.parametrize("distance", ["cosine", "cka"])
 @pytest.mark.parametrize("descending", [True, False])
-def test_ranking_by_angle_and_correlation(distance: str, descending: bool) -> None:
+def test_ranking_by_angle_and_correlation(distance, descending):
     grid = (4, 3, 5)
     tokens = torch.randn(2, 60, 16)
     got = ReRoSelector(0.4, distance, descending)(tokens, grid)
@@ -178,25 +134,9 @@ def test_ranking_by_angle_and_correlation(distance: str, descending: bool) -> No
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@given(grid=grids, seed=st.integers(0, 10**6))
-def test_the_first_step_ties_with_the_second(distance: str, grid: tuple[int, int, int], seed: int) -> None:
-    area = grid[1] * grid[2]
-    tokens = torch.randn(2, math.prod(grid), 6, generator=torch.Generator().manual_seed(seed))
-    importance = ReRoSelector(distance=distance).importance(tokens, grid)
-    assert torch.equal(importance[:, :area], importance[:, area : 2 * area])
-
-
-def test_the_tie_of_the_first_two_steps_goes_to_the_first() -> None:
-    tokens = torch.zeros(1, 12, 2)  # grid (3, 2, 2)
-    tokens[0, 4 + 2 :: 4] = 1.0  # place 2 changes once, from step 0 to step 1
-    assert ReRoSelector(1 / 12)(tokens, (3, 2, 2)).tolist() == [[2]]
-    assert ReRoSelector(2 / 12)(tokens, (3, 2, 2)).tolist() == [[2, 6]]
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("descending", [True, False])
 @pytest.mark.parametrize("grid", [VIT, (5, 3, 7)])
-def test_a_static_clip_keeps_the_first_tokens(distance: str, descending: bool, grid: tuple[int, int, int]) -> None:
+def test_a_static_clip_keeps_the_first_tokens(distance, descending, grid):
     total = math.prod(grid)
     kept = ReRoSelector(0.3, distance, descending)(still_tokens(grid), grid)
     assert kept.tolist() == [list(range(int(0.3 * total)))]
@@ -204,7 +144,7 @@ def test_a_static_clip_keeps_the_first_tokens(distance: str, descending: bool, g
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("grid", [VIT, (6, 3, 7)])
-def test_a_patch_that_moves_is_kept_where_it_was_and_where_it_is(distance: str, grid: tuple[int, int, int]) -> None:
+def test_a_patch_that_moves_is_kept_where_it_was_and_where_it_is(distance, grid):
     t, h, w = grid
     tokens = still_tokens(grid)
     place = [(i % h) * w + (2 * i) % w for i in range(t)]  # never twice the same in a row
@@ -217,37 +157,10 @@ def test_a_patch_that_moves_is_kept_where_it_was_and_where_it_is(distance: str, 
     assert ReRoSelector(2 / (h * w), distance)(tokens, grid).tolist() == [expected]
 
 
-@pytest.mark.parametrize(("jump", "kept_step"), [(1, 0), (2, 2), (3, 3), (4, 4)])
-def test_a_jump_of_brightness_keeps_the_step_after_it(jump: int, kept_step: int) -> None:
-    grid, area = (5, 3, 4), 12
-    tokens = still_tokens(grid)
-    tokens[:, jump * area :] += 10  # at step 1 the first step ties with it, and comes first
-    kept = ReRoSelector(1 / 5)(tokens, grid)
-    assert kept.tolist() == [list(range(kept_step * area, (kept_step + 1) * area))]
-
-
-def test_the_least_changed_avoid_what_moves() -> None:
-    grid, area = (4, 2, 3), 6
-    tokens = still_tokens(grid)
-    moving = (1, 4)
-    for i in range(4):
-        for j in moving:
-            tokens[0, i * area + j] += i
-    kept = ReRoSelector(16 / 24, descending=False)(tokens, grid)
-    assert kept.tolist() == [[n for n in range(24) if n % area not in moving]]
-
-
-def test_the_count_is_over_the_clip_not_the_frame() -> None:
-    grid, area = (4, 3, 3), 9
-    tokens = still_tokens(grid)
-    tokens[0, 2 * area :] = torch.randn(2 * area, 4) * 50
-    assert ReRoSelector(0.5)(tokens, grid).tolist() == [list(range(2 * area, 4 * area))]
-
-
 # Precision
 
 
-def test_ties_of_signed_zeros_go_to_the_lower_index() -> None:
+def test_ties_of_signed_zeros_go_to_the_lower_index():
     def signed(a: Tensor, b: Tensor) -> Tensor:
         zeros = torch.zeros(a.shape[:-1])
         zeros[..., ::2] = -0.0
@@ -258,20 +171,12 @@ def test_ties_of_signed_zeros_go_to_the_lower_index() -> None:
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_tokens_select_as_float32_of_the_same_values(distance: str, dtype: torch.dtype) -> None:
-    tokens = torch.randn(2, 96, 16).to(dtype)
-    selector, grid = ReRoSelector(0.3, distance), (4, 4, 6)
-    assert torch.equal(selector.importance(tokens, grid), selector.importance(tokens.float(), grid))
-    assert torch.equal(selector(tokens, grid), selector(tokens.float(), grid))
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_autocast_changes_nothing(distance: str, dtype: torch.dtype) -> None:
+def test_autocast_changes_nothing(distance, dtype):
     tokens, grid = (100 * torch.randn(2, 96, 16)).to(dtype), (4, 4, 6)
     selector = ReRoSelector(0.3, distance)
     plain = selector.importance(tokens, grid)
+    assert torch.equal(plain, selector.importance(tokens.float(), grid))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = selector.importance(tokens, grid)
         assert torch.is_autocast_enabled("cpu")
@@ -280,7 +185,7 @@ def test_autocast_changes_nothing(distance: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_custom_distance_sees_float32_under_autocast_too(dtype: torch.dtype) -> None:
+def test_a_custom_distance_sees_float32_under_autocast_too(dtype):
     mixing = torch.randn(16, 16)
     seen = []
 
@@ -299,7 +204,7 @@ def test_a_custom_distance_sees_float32_under_autocast_too(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_float64_beyond_float32_is_the_most_changed_not_nan(distance: str) -> None:
+def test_float64_beyond_float32_is_the_most_changed_not_nan(distance):
     tokens, grid = torch.zeros(1, 12, 3, dtype=torch.float64), (3, 2, 2)
     tokens += torch.tensor([1.0, 2.0, 4.0])
     tokens[0, 9:] = torch.tensor([1e300, -1e300, 1e200], dtype=torch.float64)  # places 1, 2, 3 of the last step
@@ -309,7 +214,7 @@ def test_float64_beyond_float32_is_the_most_changed_not_nan(distance: str) -> No
 
 
 @pytest.mark.parametrize("distance", [*DISTANCES, lambda a, b: (a - b).square().sum(-1)])
-def test_no_grad_reaches_the_tokens(distance: Any) -> None:
+def test_no_grad_reaches_the_tokens(distance):
     tokens = torch.randn(1, 8, 3, requires_grad=True)
     doubled = tokens * 2
     selector = ReRoSelector(0.5, distance)
@@ -324,14 +229,14 @@ def test_no_grad_reaches_the_tokens(distance: Any) -> None:
 # Custom distances
 
 
-def test_a_custom_distance_gets_the_later_token_first() -> None:
+def test_a_custom_distance_gets_the_later_token_first():
     tokens = torch.tensor([[[0.0], [10.0], [1.0], [8.0], [5.0], [2.0]]])  # grows: 1, 4; shrinks: -2, -6
     importance = ReRoSelector(distance=lambda a, b: (a - b).sum(-1)).importance(tokens, (3, 1, 2))
     assert importance.tolist() == [[1.0, -2.0, 1.0, -2.0, 4.0, -6.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
-def test_what_a_custom_distance_returns_becomes_float32(dtype: torch.dtype) -> None:
+def test_what_a_custom_distance_returns_becomes_float32(dtype):
     selector = ReRoSelector(distance=lambda a, b: (a - b).abs().sum(-1).to(dtype))
     assert selector.importance(torch.randn(1, 8, 3), (2, 2, 2)).dtype == torch.float32
 
@@ -345,37 +250,31 @@ def test_what_a_custom_distance_returns_becomes_float32(dtype: torch.dtype) -> N
         (lambda a, b: (a - b).norm(dim=-1).flatten(1), r"\(2, 8\)"),
     ],
 )
-def test_a_custom_distance_of_the_wrong_shape_is_told_both_shapes(wrong: Any, got: str) -> None:
+def test_a_custom_distance_of_the_wrong_shape_is_told_both_shapes(wrong, got):
     with pytest.raises(ValueError, match=r"\(2, 2, 4\).*" + got):
         ReRoSelector(distance=wrong)(torch.randn(2, 12, 5), (3, 2, 2))
 
 
-def test_a_module_is_a_callable_distance_too() -> None:
+def test_a_module_is_a_callable_distance_too():
     tokens, grid = torch.randn(2, 24, 6), (3, 2, 4)
-    selector = ReRoSelector(0.25, nn.PairwiseDistance(p=1, eps=0))
-    torch.testing.assert_close(
-        selector.importance(tokens, grid), ReRoSelector(distance="l1").importance(tokens, grid), rtol=1e-6, atol=0
-    )
-    assert selector.settings["distance"] == "custom"
-
-
-def test_a_module_set_later_replaces_the_distance() -> None:
-    tokens, grid = torch.randn(2, 24, 6), (3, 2, 4)
-    selector = ReRoSelector(0.25, "l2")
-    selector.distance = nn.PairwiseDistance(p=1, eps=0)
-    torch.testing.assert_close(
-        selector.importance(tokens, grid), ReRoSelector(distance="l1").importance(tokens, grid), rtol=1e-6, atol=0
-    )
-    assert selector.settings["distance"] == "custom"
+    expected, module = ReRoSelector(distance="l1").importance(tokens, grid), nn.PairwiseDistance(p=1, eps=0)
+    later = ReRoSelector(0.25, "l2")
+    later.distance = module
+    for selector in (ReRoSelector(0.25, module), later):
+        torch.testing.assert_close(selector.importance(tokens, grid), expected, rtol=1e-6, atol=0)
+        assert selector.settings["distance"] == "custom"
+    for distance in (lambda a, b: a[..., 0], "cosine", nn.PairwiseDistance(), "l2"):
+        later.distance = distance
+        assert later.distance is distance
 
 
 @pytest.mark.parametrize("value", ["L2", "euclid", "", None, 2])
-def test_an_unknown_distance_is_named_with_what_there_is(value: Any) -> None:
+def test_an_unknown_distance_is_named_with_what_there_is(value):
     with pytest.raises(ValueError, match=f"l2, l1, cosine, cka.*got {value!r}"):
         ReRoSelector(distance=value)
 
 
-def test_distance_and_direction_are_live() -> None:
+def test_distance_and_direction_are_live():
     tokens, grid = torch.randn(1, 24, 6), (3, 2, 4)
     selector = ReRoSelector(0.25)
     selector.distance = "cosine"
@@ -392,7 +291,7 @@ def test_distance_and_direction_are_live() -> None:
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_clips_of_a_batch_do_not_know_each_other(distance: str) -> None:
+def test_clips_of_a_batch_do_not_know_each_other(distance):
     grid = (4, 3, 5)
     tokens = torch.randn(6, 60, 12) * torch.tensor([1, 1e-6, 1e6, 3, 0.1, 100]).view(6, 1, 1)
     selector = ReRoSelector(0.3, distance)
@@ -404,37 +303,23 @@ def test_clips_of_a_batch_do_not_know_each_other(distance: str) -> None:
         assert torch.equal(selector(tokens[one : one + 1], grid), kept[one : one + 1])
 
 
-@pytest.mark.parametrize(
-    ("frames", "tubelet", "expected"), [(24, 2, 705), (24, 1, 1411), (64, 2, 1881), (64, 1, 3763), (16, 1, 940)]
-)
-def test_longer_clips_and_single_frame_tubelets(
-    frames: int, tubelet: int, expected: int, check_indices: Callable[..., None]
-) -> None:
-    grid = (frames // tubelet, 14, 14)
-    total = math.prod(grid)
+@pytest.mark.parametrize(("steps", "expected"), [(12, 705), (24, 1411), (32, 1881), (64, 3763), (16, 940)])
+def test_longer_clips(steps, expected):
+    grid, total = (steps, 14, 14), steps * 196
     tokens = torch.randn(1, total, 2)
-    tokens[0, : total - expected] = 0.5  # still until the last `expected` tokens
-    kept = ReRoSelector(0.3)(tokens, grid)
-    check_indices(kept, 1, expected, total)
-    assert kept.tolist() == [list(range(total - expected, total))]
-
-
-def test_rows_and_columns_are_not_swapped() -> None:
-    grid = (2, 2, 5)
-    tokens = torch.zeros(1, 2, 2, 5, 3)
-    tokens[0, 1, 1, 2] = 1  # row 1, column 2: token 10 + 5 + 2, and 5 + 2 of the first step
-    assert ReRoSelector(0.1)(tokens.flatten(1, 3), grid).tolist() == [[7, 17]]
+    tokens[0, : total - expected] = 0.5  # still until the last `expected` tokens: some frames keep none, others all
+    assert ReRoSelector(0.3)(tokens, grid).tolist() == [list(range(total - expected, total))]
 
 
 @pytest.mark.parametrize("cls", SELECTORS)
 @pytest.mark.parametrize("shape", [(2, 15, 4), (2, 17, 4), (16, 4), (2, 4, 2, 2, 4)])
-def test_tokens_that_do_not_fit_the_grid_are_told_their_shape(cls: type[TokenSelector], shape: tuple[int, ...]) -> None:
+def test_tokens_that_do_not_fit_the_grid_are_told_their_shape(cls, shape):
     with pytest.raises(ValueError, match=r"16.*\(4, 2, 2\)") as error:
         cls(0.5)(torch.randn(shape), (4, 2, 2))
     assert str(shape) in str(error.value)
 
 
-def test_one_time_step_has_nothing_to_compare() -> None:
+def test_one_time_step_has_nothing_to_compare():
     with pytest.raises(ValueError, match=r"\(1, 2, 2\)"):
         ReRoSelector(0.5)(torch.randn(1, 4, 3), (1, 2, 2))
 
@@ -446,7 +331,7 @@ def test_one_time_step_has_nothing_to_compare() -> None:
 @pytest.mark.parametrize(
     "value", [0, 0.0, -0.25, 1.0001, 2, math.nan, math.inf, -math.inf, True, False, "0.5", None, [0.5], 0.5 + 0j]
 )
-def test_a_keep_ratio_that_is_none_is_refused_when_made_and_when_set(cls: type[TokenSelector], value: Any) -> None:
+def test_a_keep_ratio_that_is_none_is_refused_when_made_and_when_set(cls, value):
     message = r"keep_ratio.*got "
     with pytest.raises(ValueError, match=message) as error:
         cls(value)
@@ -458,7 +343,7 @@ def test_a_keep_ratio_that_is_none_is_refused_when_made_and_when_set(cls: type[T
 
 
 @pytest.mark.parametrize("cls", SELECTORS)
-def test_a_new_keep_ratio_takes_effect_at_the_next_call(cls: type[TokenSelector]) -> None:
+def test_a_new_keep_ratio_takes_effect_at_the_next_call(cls):
     tokens, grid = torch.randn(1, 64, 3), (4, 4, 4)
     selector = cls(0.25)
     assert selector(tokens, grid).shape == (1, 16)
@@ -470,17 +355,17 @@ def test_a_new_keep_ratio_takes_effect_at_the_next_call(cls: type[TokenSelector]
 
 
 @pytest.mark.parametrize("cls", [ReRoSelector, RandomSelector, TubeSelector])
-def test_everything_can_be_kept(cls: type[TokenSelector]) -> None:
+def test_everything_can_be_kept(cls):
     assert torch.equal(cls(1)(torch.randn(2, 24, 3), (2, 3, 4)), torch.arange(24).expand(2, -1))
 
 
-def test_rero_defaults_to_the_papers_pre_training() -> None:
+def test_rero_defaults_to_the_papers_pre_training():
     selector = ReRoSelector()
     assert (selector.keep_ratio, selector.distance, selector.descending) == (0.3, "l2", True)
 
 
 @pytest.mark.parametrize("cls", SELECTORS)
-def test_a_selector_has_no_state_and_copies_are_independent(cls: type[TokenSelector]) -> None:
+def test_a_selector_has_no_state_and_copies_are_independent(cls):
     selector = cls(0.5)
     assert isinstance(selector, nn.Module)
     assert not [*selector.parameters(), *selector.buffers(), *selector.state_dict()]
@@ -494,9 +379,7 @@ def test_a_selector_has_no_state_and_copies_are_independent(cls: type[TokenSelec
 
 
 @pytest.mark.parametrize("cls", RANDOM)
-def test_a_generator_makes_a_draw_reproducible(
-    cls: type[TokenSelector], generator: Callable[[int], torch.Generator], global_rng_untouched: Callable[[], Any]
-) -> None:
+def test_a_generator_makes_a_draw_reproducible(cls, generator, global_rng_untouched):
     tokens, grid = torch.randn(16, 64, 3), (4, 4, 4)
     selector = cls(0.5)
     with global_rng_untouched():
@@ -510,24 +393,18 @@ def test_a_generator_makes_a_draw_reproducible(
     assert torch.equal(selector(tokens, grid), second)
 
 
-def test_rero_draws_nothing(global_rng_untouched: Callable[[], Any]) -> None:
+def test_rero_draws_nothing(global_rng_untouched):
     tokens = torch.randn(2, 64, 3)
     with global_rng_untouched():
         ReRoSelector()(tokens, (4, 4, 4))
 
 
-def test_random_sets_are_uniform_and_independent_across_clips(check_frequencies: Callable[..., None]) -> None:
+def test_random_sets_are_uniform_and_independent_across_clips(check_frequencies):
     sets = list(combinations(range(4), 2))
-    kept = RandomSelector(0.5)(torch.zeros(7200, 4, 1), (2, 1, 2))
+    tokens = torch.tensor([9.0, 0, 0, 1]).view(1, 4, 1).expand(7200, 4, 1)  # which it doesn't look at
+    kept = RandomSelector(0.5)(tokens, (2, 1, 2))
     check_frequencies(kept, dict.fromkeys(sets, 1 / 6))
     check_frequencies(kept.view(-1, 4), {a + b: 1 / 36 for a in sets for b in sets})  # neighbours in the batch
-
-
-def test_random_tokens_ignore_the_video() -> None:
-    tokens = torch.zeros(400, 16, 2)
-    tokens[:, 5] = 100
-    often = (RandomSelector(0.5)(tokens, (4, 2, 2)) == 5).sum().item()
-    assert abs(often - 200) < 4.5 * 10  # binomial: a standard deviation of 10
 
 
 @pytest.mark.parametrize(
@@ -543,9 +420,7 @@ def test_random_tokens_ignore_the_video() -> None:
         (1.0, (4, 3, 5), 15),
     ],
 )
-def test_a_tube_keeps_the_same_places_in_every_step(
-    ratio: float, grid: tuple[int, int, int], places: int, check_indices: Callable[..., None]
-) -> None:
+def test_a_tube_keeps_the_same_places_in_every_step(ratio, grid, places, check_indices):
     t, h, w = grid
     kept = TubeSelector(ratio)(torch.zeros(4, math.prod(grid), 1), grid)
     check_indices(kept, 4, t * places, math.prod(grid))
@@ -555,12 +430,12 @@ def test_a_tube_keeps_the_same_places_in_every_step(
 
 
 @given(percent=st.integers(1, 100), h=st.integers(1, 24), w=st.integers(1, 24), t=st.integers(1, 6))
-def test_a_tubes_count_for_any_percentage(percent: int, h: int, w: int, t: int) -> None:
+def test_a_tubes_count_for_any_percentage(percent, h, w, t):
     hidden = math.floor((1 - Fraction(percent, 100)) * h * w)
     assert TubeSelector(percent / 100).num_kept((t, h, w)) == t * (h * w - hidden)
 
 
-def test_tubes_are_uniform_and_independent_across_clips(check_frequencies: Callable[..., None]) -> None:
+def test_tubes_are_uniform_and_independent_across_clips(check_frequencies):
     sets = list(combinations(range(4), 2))
     kept = TubeSelector(0.5)(torch.zeros(7200, 8, 1), (2, 2, 2))[:, :2]
     check_frequencies(kept, dict.fromkeys(sets, 1 / 6))
@@ -577,7 +452,7 @@ def kept_of_cells(kept: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("grid", [VIT, (4, 2, 6), (12, 6, 2), (8, 2, 2)])
-def test_cells_run_by_one_a_step(ratio: float, grid: tuple[int, int, int], check_indices: Callable[..., None]) -> None:
+def test_cells_run_by_one_a_step(ratio, grid, check_indices):
     t = grid[0]
     kept = RunningCellSelector(ratio)(torch.zeros(16, math.prod(grid), 1), grid)
     check_indices(kept, 16, int(ratio * math.prod(grid)), math.prod(grid))
@@ -589,27 +464,19 @@ def test_cells_run_by_one_a_step(ratio: float, grid: tuple[int, int, int], check
     assert ((first - first.roll(1, dims=2)).abs().sum(-1) == 2).all()  # the kept places of a cell follow on each other
 
 
-@pytest.mark.parametrize("t", [1, 2, 3, 5, 6])
-def test_cells_over_any_number_of_steps(t: int, check_indices: Callable[..., None]) -> None:
-    grid = (t, 4, 2)
-    kept = RunningCellSelector(0.25)(torch.zeros(8, 8 * t, 1), grid)
-    check_indices(kept, 8, 2 * t, 8 * t)
-    assert (kept_of_cells(kept, grid).sum(-1) == 1).all()
-
-
-def test_cells_phases_are_uniform_and_independent_across_clips(check_frequencies: Callable[..., None]) -> None:
+def test_cells_phases_are_uniform_and_independent_across_clips(check_frequencies):
     kept = RunningCellSelector(0.25)(torch.zeros(4000, 4, 1), (1, 2, 2))
     check_frequencies(kept, {(p,): 1 / 4 for p in range(4)})
     check_frequencies(kept.view(-1, 2), {(p, q): 1 / 16 for p in range(4) for q in range(4)})
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6, 0.24999, 1.0, 1])
-def test_cells_take_whole_places_only(ratio: float) -> None:
+def test_cells_take_whole_places_only(ratio):
     with pytest.raises(ValueError, match=rf"keep_ratio.*0\.25, 0\.5 or 0\.75.*got {ratio}"):
         RunningCellSelector(ratio)
 
 
 @pytest.mark.parametrize("grid", [(2, 3, 4), (2, 4, 3), (2, 3, 3)])
-def test_cells_need_an_even_height_and_width(grid: tuple[int, int, int]) -> None:
+def test_cells_need_an_even_height_and_width(grid):
     with pytest.raises(ValueError, match=str(grid).replace("(", r"\(").replace(")", r"\)")):
         RunningCellSelector(0.5)(torch.zeros(1, math.prod(grid), 1), grid)

@@ -192,22 +192,11 @@ def random_selection(grid: tuple[int, int, int], kept: int = 7, batch: int = 2, 
     return et.TokenSelection(order[:, :kept].sort(dim=1).values, None, grid)
 
 
-def record(model: Any, run: Any, *modules: nn.Module) -> list[list[Tensor]]:
-    """What enters each of `modules`, default block 0, in each of their calls during `run()`."""
-    modules = modules or (model.blocks[0],)
-    seen: list[list[Tensor]] = [[] for _ in modules]
-    handles = [
-        module.register_forward_pre_hook(lambda module, args, into=into: into.append(args[0].detach().clone()))
-        for module, into in zip(modules, seen, strict=True)
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
 def entering_block_0(model: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    ((entered,),) = record(model, lambda: model(x, **kwargs))
-    return entered
+    """What enters the first block in the one call of `model(x)`."""
+    entered: list[Tensor] = []
+    hook = model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0].detach().clone()))
+    model(x, **kwargs)
+    hook.remove()
+    (only,) = entered
+    return only

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from family_models import FineTuningModel, PreTrainingModel
+from host_case import unchanged
+from host_contract import kinds
 from peft import LoraConfig, get_peft_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,29 +22,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
 import everest_tokens as et
-from everest_tokens.hosts import trial_run
 
 
 def family(**options: Any) -> FineTuningModel:
     return FineTuningModel("mme" if "mask_ratio" in options else "videomae", img_size=32, num_classes=5, **options)
-
-
-def description(model: nn.Module) -> list[Any]:
-    """Everything of a model that a patch could leave behind."""
-    found: list[Any] = []
-    for name, module in model.named_modules():
-        hooks = [len(hooks) for key, hooks in vars(module).items() if key.endswith("hooks")]
-        found.append((name, type(module), sorted(vars(module)), hooks))
-    config = getattr(model, "config", None)
-    return [*found, *((key, value.clone()) for key, value in model.state_dict().items()), getattr(config, "everest", 0)]
-
-
-def same(actual: list[Any], expected: list[Any]) -> bool:
-    def equal(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-    pairs = zip(actual, expected, strict=True)
-    return all(equal(a, b) if not isinstance(a, tuple) else all(map(equal, a, b)) for a, b in pairs)
 
 
 class TestCopiesThatPeftMakes:
@@ -73,23 +56,6 @@ class TestCopiesThatPeftMakes:
         assert not [name for name, module in wrapped.named_modules() if hasattr(module, "_everest_bases")]
         et.patch_videomae(wrapped, et.ReRoSelector(0.5))
         assert et.select_tokens(wrapped, clips).kept.shape == (2, 24)
-
-
-class TestCopies:
-    def test_the_record_of_a_copy_is_its_own(self, make_model, make_clips):
-        model = et.patch_videomae(make_model(VideoMAEForVideoClassification), et.ReRoSelector(0.5))
-        twin = copy.deepcopy(model)
-        model.everest.selector.keep_ratio = 0.7
-        twin.everest.selector.keep_ratio = 0.4
-        assert model.config.everest["selector"]["keep_ratio"] == 0.7
-        assert twin.config.everest["selector"]["keep_ratio"] == 0.4
-        assert twin.config.to_dict()["everest"]["selector"]["keep_ratio"] == 0.4
-        assert copy.deepcopy(twin.config).everest["selector"]["keep_ratio"] == 0.4
-        assert type(copy.deepcopy(twin.config).everest) is dict
-        et.unpatch_videomae(twin)
-        assert not hasattr(twin.config, "everest")
-        assert model.config.everest["selector"]["keep_ratio"] == 0.7
-        assert et.select_tokens(model, make_clips(model)).kept.shape == (2, 33)
 
     def test_a_part_that_is_copied_alone_follows_its_model(self, make_model, make_clips):
         model = et.patch_videomae(make_model(VideoMAEForVideoClassification), et.ReRoSelector(0.5))
@@ -128,10 +94,9 @@ class TestPartsOfAModel:
                 return self.head(self.videomae(x).last_hidden_state.mean(1))
 
         model = Classifier()
-        before, clips = description(model), make_clips(model.videomae)
-        with pytest.raises(TypeError, match=r"Classifier .*patch_videomae\(model\.videomae\)"):
+        clips = make_clips(model.videomae)
+        with unchanged(model), pytest.raises(TypeError, match=r"Classifier .*patch_videomae\(model\.videomae\)"):
             et.patch_videomae(model)
-        assert same(description(model), before)
         et.patch_videomae(model.videomae, et.ReRoSelector(0.5))
         assert model(clips).shape == (2, 5)
 
@@ -140,41 +105,28 @@ class TestPartsOfAModel:
         et.patch_videomae(whole)
         et.patch_videomae(around.videomae)
         for model, what in ((whole.videomae, "the model that it is part of"), (around, "part videomae")):
-            before = description(model)
-            with pytest.raises(TypeError, match=what):
+            with unchanged(model), pytest.raises(TypeError, match=what):
                 et.patch_videomae(model)
-            assert same(description(model), before)
         with pytest.raises(ValueError, match="not patched"):
             et.unpatch_videomae(whole.videomae)
 
 
 class TestAllOrNothing:
-    BUILDERS = pytest.mark.parametrize(
-        "build",
-        [
-            lambda make: make(VideoMAEForPreTraining),
-            lambda make: make(VideoMAEForVideoClassification),
-            lambda make: family(),
-            lambda make: VisionTransformer(img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2),
-        ],
-        ids=["pre-training", "classification", "family", "timm"],
-    )
-
-    @BUILDERS
+    @kinds()
     @pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
-    def test_a_patch_that_fails_at_its_end(self, make_model, monkeypatch, build, patched):
-        model = build(make_model)
+    def test_a_patch_that_fails_at_its_end(self, case, patched):
+        model = case.build(0)
         if patched:
-            et.patch_videomae(model, et.ReRoSelector(0.5), drop_path=0.0)
-        before, parameters = description(model), list(model.parameters())
+            case.patch(model, 0.5)
+        block, parameters = model.get_submodule(case.blocks)[1], list(model.parameters())
 
-        def fail(host: Any, root: Any, **_: Any) -> None:
-            raise RuntimeError("on purpose")
+        class Failing(type(block)):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                raise RuntimeError("on purpose")
 
-        monkeypatch.setattr(trial_run, "_run", fail)
-        with pytest.raises(TypeError, match="on purpose"):
-            et.patch_videomae(model, et.RandomSelector(0.25), drop_path=0.1)
-        assert same(description(model), before)
+        block.__class__ = Failing
+        with unchanged(model), pytest.raises(TypeError, match="on purpose"):
+            case.patch(model, et.RandomSelector(0.25), drop_path=0.1, mask_ratio=0.9)
         assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
         if patched:
             assert model.everest.selector.keep_ratio == 0.5
@@ -185,10 +137,11 @@ class TestAllOrNothing:
                 return super().run_tokens(x.unflatten(1, (-1, 4)).mean(2))  # four places a step
 
         model = Folding("videomae", img_size=32, num_classes=5)
-        before = description(model)
-        with pytest.raises(TypeError, match="Folding runs over all tokens of a clip alone: over half of them"):
+        with (
+            unchanged(model),
+            pytest.raises(TypeError, match="Folding runs over all tokens of a clip alone: over half of them"),
+        ):
             et.patch_videomae(model)
-        assert same(description(model), before)
 
     def test_a_forward_that_needs_more_than_clips(self):
         class Detector(FineTuningModel):
@@ -196,10 +149,8 @@ class TestAllOrNothing:
                 return self.run_head(self.forward_features(clips)) + boxes
 
         model = Detector("videomae", img_size=32, num_classes=5)
-        before = description(model)
-        with pytest.raises(TypeError, match=r"Detector doesn't run over one clip.*boxes"):
+        with unchanged(model), pytest.raises(TypeError, match=r"Detector doesn't run over one clip.*boxes"):
             et.patch_videomae(model)
-        assert same(description(model), before)
 
     def test_a_pretraining_objective_of_its_own(self):
         class Adaptive(PreTrainingModel):
@@ -233,11 +184,11 @@ class TestAllOrNothing:
         assert torch.equal(torch.get_rng_state(), state)
         assert all(module.training for module in model.modules())
 
-    @BUILDERS
-    def test_a_patched_model_is_freed_at_once(self, make_model, build):
+    @kinds()
+    def test_a_patched_model_is_freed_at_once(self, case):
         gc.disable()
         try:
-            model = et.patch_videomae(build(make_model))
+            model = case.patch(case.build(0))
             twin = pickle.loads(pickle.dumps(model))
             assert twin.everest.root is twin
             dead = [weakref.ref(parameter) for each in (model, twin) for parameter in each.parameters()]
@@ -251,31 +202,10 @@ class TestTokensDroppedTwice:
     def test_mmes_own_mask_ratio(self):
         model = FineTuningModel("mme", img_size=32, num_classes=5)
         model.mask_ratio = 0.5
-        before = description(model)
-        with pytest.raises(ValueError, match=r"mask_ratio is 0\.5.*set it to 0"):
+        with unchanged(model), pytest.raises(ValueError, match=r"mask_ratio is 0\.5.*set it to 0"):
             et.patch_videomae(model)
-        assert same(description(model), before)
         model.mask_ratio = 0.0
         et.patch_videomae(model)
-
-
-@pytest.mark.parametrize("cls", [VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel])
-def test_a_forward_that_was_interrupted_leaves_nothing(make_model, make_clips, cls):
-    model = et.patch_videomae(make_model(cls), et.ReRoSelector(0.5))
-    clips = make_clips(model)
-    given = et.select_tokens(model, clips.flip(1))
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    torch.manual_seed(1)
-    expected = model(clips)[0]
-    handle = model.base_model.encoder.layer[0].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(clips, token_selection=given)
-    handle.remove()
-    torch.manual_seed(1)
-    assert torch.equal(model(clips)[0], expected)
 
 
 class TestHooksOfTheUser:

@@ -11,58 +11,53 @@ from typing import Any
 import pytest
 import torch
 from host_case import HostCase, gradients, weighted
-from host_contract import hosts
+from host_contract import hosts, kinds
 from torch import Tensor
 
 import everest_tokens as et
 
-ENCODERS = {"when": lambda case: not case.pretraining}
+
+def assert_same(
+    case: HostCase, plain: Any, model: Any, reference: Any, selection: et.TokenSelection, rounding: float = 0.0
+) -> None:
+    """Outputs, and every gradient of weights and pixels, are those of `reference` to rounding."""
+    pixels = [case.clips().requires_grad_() for _ in range(2)]
+    expected, actual = reference(plain, pixels[0], selection), case.run(model, pixels[1], selection)
+    case.close(actual, expected, max(1e-12, rounding))
+    weighted(expected).backward()
+    weighted(actual).backward()
+    case.close_gradients(model, plain)
+    case.close(pixels[1].grad, pixels[0].grad, max(1e-9, rounding))
 
 
 class TestKeepingEverything:
-    @hosts()
+    @hosts(more=True)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-    def test_is_the_unpatched_model(self, case, dtype, training):
-        plain, model = case.plain(dtype=dtype).train(training), case.patched(1.0, dtype=dtype).train(training)
+    def test_is_the_unpatched_model(self, case, dtype):
+        plain, model = case.plain(dtype=dtype), case.patch(case.build(0).to(dtype), 1.0)
         clips = case.clips(dtype=dtype)
         selection = et.select_tokens(model, clips)
         assert selection.kept.shape == (2, case.tokens)
-        expected, actual = case.expected_of_all(plain, clips, selection), case.run(model, clips, selection)
-        case.close(actual, expected)
+        case.close(case.run(model, clips, selection), case.expected_of_all(plain, clips, selection))
         if dtype == torch.float64:
-            weighted(expected).backward()
-            weighted(actual).backward()
-            case.close_gradients(model, plain)
+            assert_same(case, plain.train(), model.train(), case.expected_of_all, selection, case.rounding)
 
 
 class TestGivenSelection:
-    @hosts()
-    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-    def test_is_the_reference_on_those_tokens(self, case, training):
-        plain, model = case.plain().train(training), case.patched().train(training)
-        selection, pixels = case.selection(), [case.clips().requires_grad_() for _ in range(2)]
-        expected, actual = case.expected(plain, pixels[0], selection), case.run(model, pixels[1], selection)
-        case.close(actual, expected)
-        others = case.expected(plain, pixels[0].detach(), case.selection(seed=4))
+    @hosts(more=True)
+    def test_is_the_reference_on_those_tokens(self, case):
+        plain, model, clips = case.plain(), case.patch(case.build(0).double()), case.clips()
+        expected = case.expected(plain, clips, case.selection())
+        case.close(case.run(model, clips, case.selection()), expected)
+        others = case.expected(plain, clips, case.selection(seed=4))
         assert not torch.allclose(others, expected), "which tokens are chosen must count"
-        weighted(expected).backward()
-        weighted(actual).backward()
-        case.close_gradients(model, plain)
-        case.close(pixels[1].grad, pixels[0].grad, max(1e-9, case.rounding))
+        assert_same(case, plain.train(), model.train(), case.expected, case.selection(), case.rounding)
 
-    @hosts(**ENCODERS)
+    @hosts(lambda case: not case.pretraining)
     def test_is_the_all_token_run_with_the_other_keys_masked(self, case):
-        whole, model = case.whole(case.build(0).double()), case.patched()
-        selection, pixels = case.selection(), [case.clips().requires_grad_() for _ in range(2)]
-        expected, actual = case.masked_keys(whole, pixels[0], selection), case.run(model, pixels[1], selection)
-        case.close(actual, expected, 1e-12)
-        weighted(expected).backward()
-        weighted(actual).backward()
-        case.close_gradients(model, whole)
-        case.close(pixels[1].grad, pixels[0].grad, 1e-9)
+        assert_same(case, case.whole(case.build(0).double()), case.patched(), case.masked_keys, case.selection())
 
-    @hosts()
+    @kinds()
     def test_is_run_once_and_not_kept(self, case):
         model, clips = case.patched(), case.clips()
 
@@ -76,7 +71,7 @@ class TestGivenSelection:
         torch.testing.assert_close(features(), own_features, rtol=0, atol=0)
         assert torch.equal(case.run(model, clips), own)
 
-    @hosts()
+    @kinds()
     @pytest.mark.parametrize("hooked", [False, True])
     def test_other_tokens_have_no_influence(self, case, hooked):
         model, clips, selection = case.patched(), case.clips(), case.selection()
@@ -95,7 +90,7 @@ class TestGivenSelection:
         assert (broken.grad[~visible] == 0).all()
         assert (broken.grad[visible] != 0).float().mean() > 0.99
 
-    @hosts(variants=False)
+    @kinds()
     @pytest.mark.parametrize("where", ["projection", "embedding", "every module"])
     def test_hooks_on_the_embedding_are_obeyed(self, case, where, request):
         """A hook forbids shortcuts around the projection's own forward; the numbers are the same."""
@@ -133,7 +128,7 @@ class TestGivenSelection:
             torch.testing.assert_close(own[0], own[1])
             assert not torch.allclose(own[0], own[2])
 
-    @hosts(variants=False)
+    @kinds()
     @pytest.mark.parametrize("frozen", ["weight", "bias"])
     def test_a_frozen_half_of_the_projection(self, case, frozen):
         plain, model = case.plain(), case.patched()
@@ -159,16 +154,16 @@ class TestSelecting:
         assert (selection.target is None) != case.pretraining
 
     @hosts()
-    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-    def test_forward_runs_what_select_tokens_says(self, case, training):
-        model, clips = case.patched(0.5).train(training), case.clips()
-        torch.manual_seed(11)
-        selection = et.select_tokens(model, clips)
-        if case.pretraining:
-            assert selection.visible.shape == (2, case.tokens // 4)
-        case.close(case.run(model, clips), case.expected(case.plain().train(training), clips, selection))
+    def test_forward_runs_what_select_tokens_says(self, case):
+        plain, model, clips = case.plain(), case.patched(0.5), case.clips()
+        for training in (True, False):
+            torch.manual_seed(11)
+            selection = et.select_tokens(model.train(training), clips)
+            if case.pretraining:
+                assert selection.visible.shape == (2, case.tokens // 4)
+            case.close(case.run(model, clips), case.expected(plain.train(training), clips, selection))
 
-    @hosts()
+    @kinds()
     def test_a_random_selector(self, case):
         model, clips = case.patched(et.RandomSelector(0.5)).train(), case.clips()
 
@@ -186,7 +181,7 @@ class TestSelecting:
         assert torch.get_rng_state().tolist() != before.tolist()
         case.close(case.run(model, clips), case.expected(case.plain().train(), clips, selection))
 
-    @hosts()
+    @kinds()
     def test_runs_no_encoder_and_leaves_no_graph(self, case):
         model = case.patched()
         block = model.get_submodule(case.blocks)[0]
@@ -195,7 +190,7 @@ class TestSelecting:
         assert not selection.importance.requires_grad
         assert torch.is_grad_enabled()
 
-    @hosts()
+    @kinds()
     def test_live_settings(self, case):
         plain, model, clips = case.plain(), case.patched(0.5), case.clips()
         for ratio in (0.75, 1.0, 0.25 if not case.pretraining else 0.5):
@@ -223,10 +218,8 @@ def drawn(case: HostCase, clips: Tensor, steps: Tensor) -> Tensor:
 
 class TestFrameSampler:
     @hosts()
-    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-    def test_runs_the_drawn_steps_at_positions_from_0(self, case, training):
-        plain, model = case.plain().train(training), case.patched(frame_sampler=et.InfoFrameSampler(2.0))
-        model.train(training)
+    def test_runs_the_drawn_steps_at_positions_from_0(self, case):
+        plain, model = case.plain().train(), case.patched(frame_sampler=et.InfoFrameSampler(2.0)).train()
         clips = case.clips(frames=2 * case.clip[case.time]).requires_grad_()
         selection = et.select_tokens(model, clips)
         assert selection.steps.shape == (2, case.grid[0])
@@ -240,10 +233,15 @@ class TestFrameSampler:
         case.close_gradients(model, plain)
         case.close(drawn(case, clips.grad, selection.steps), short.grad, max(1e-9, case.rounding))
         assert clips.grad.count_nonzero() == short.grad.count_nonzero()  # and no gradient elsewhere
-        steps = {tuple(et.select_tokens(model, clips).steps.flatten().tolist()) for _ in range(8)}
-        assert (len(steps) > 1) == training  # in eval the most probable
+        torch.manual_seed(11)
+        own = et.select_tokens(model, clips)
+        case.close(case.run(model, clips), case.run(model, clips, own))  # its own forward draws the same
+        for training in (True, False):
+            model.train(training)
+            steps = {tuple(et.select_tokens(model, clips).steps.flatten().tolist()) for _ in range(8)}
+            assert (len(steps) > 1) == training  # in eval the most probable
 
-    @hosts()
+    @kinds()
     def test_other_numbers_of_frames(self, case):
         model, own = case.patched(frame_sampler=et.InfoFrameSampler(2.0)), case.clip[case.time]
         for wrong in (own, 2 * own - 1, 3 * own):
@@ -257,7 +255,7 @@ class TestFrameSampler:
 
 
 class TestUnusualBatches:
-    @hosts()
+    @kinds()
     def test_a_static_clip_has_one_answer(self, case):
         """Ties go to the lower index."""
         model = case.patched(0.5)
@@ -267,7 +265,7 @@ class TestUnusualBatches:
         assert selection.kept.tolist() == [list(range(case.tokens // 2))] * 2
         case.close(case.run(model, still, selection), case.expected(case.plain(), still, selection))
 
-    @hosts()
+    @kinds()
     def test_each_clip_is_computed_by_itself(self, case):
         model, clips, selection = case.patched(), case.clips(batch=3), case.selection(batch=3)
         together = case.run(model, clips, selection)
@@ -278,7 +276,7 @@ class TestUnusualBatches:
                 case.close(alone, together[row : row + 1])
             case.close(alone, case.expected(case.plain(), clips[row : row + 1], one))
 
-    @hosts("no clip")
+    @hosts()
     def test_no_clip(self, case):
         """An empty result where the unpatched model gives one, else a ValueError in words."""
         model, clips = case.patched(), case.clips(batch=0)
@@ -305,7 +303,7 @@ def shapes(case: HostCase) -> list[tuple[int, ...]]:
 
 
 class TestWrongInput:
-    @hosts()
+    @kinds()
     def test_shapes_are_named(self, case):
         model = case.patched(dtype=torch.float32)
         expected = ", ".join(map(str, case.clip))
@@ -318,7 +316,7 @@ class TestWrongInput:
                 assert expected in message or "(B, C, T, H, W)" in message  # timm's: of images
         assert case.run(model, case.clips(dtype=torch.float32)).isfinite().all()
 
-    @hosts()
+    @kinds()
     def test_pixels_are_floats_in_a_tensor(self, case):
         model = case.patched()
         for call in (model, lambda clips: et.select_tokens(model, clips)):
@@ -328,7 +326,7 @@ class TestWrongInput:
             with pytest.raises(TypeError, match="list"):
                 call([1, 2])
 
-    @hosts()
+    @kinds()
     def test_selections(self, case):
         model, clips, good = case.patched(), case.clips(), case.selection()
         for given in (good.kept, [1, 2], {"visible": 1}, 0.3):
@@ -355,7 +353,7 @@ class TestWrongInput:
         model.everest.frame_sampler = None
         case.close(case.run(model, clips, good), case.expected(case.plain(), clips, good))
 
-    @hosts()
+    @kinds()
     def test_a_misspelt_argument(self, case):
         """Not swallowed with the masks that are ignored; transformers' own **kwargs do swallow it."""
         model = case.patched()
@@ -367,7 +365,7 @@ class TestWrongInput:
 
 
 class TestDropPath:
-    @hosts()
+    @kinds()
     def test_is_for_training_alone_and_drops_whole_branches(self, case):
         clips, selection = case.clips(batch=8), case.selection(batch=8)
         plain, model = case.patched(), case.patched(drop_path=0.5)
@@ -380,11 +378,12 @@ class TestDropPath:
         copied = copy.deepcopy(model).eval()
         assert torch.equal(case.run(copied, clips, selection), case.run(plain, clips, selection))
 
-    @hosts()
-    @pytest.mark.parametrize("rate", [-0.1, 1.0, True, "0.1"])
-    def test_bad_rates(self, case, rate):
-        with pytest.raises(ValueError, match="drop_path"):
-            case.patched(drop_path=rate)
+    @kinds()
+    def test_bad_rates(self, case):
+        model = case.build(0)
+        for rate in (-0.1, 1.0, True, "0.1"):
+            with pytest.raises(ValueError, match="drop_path"):
+                case.patch(model, drop_path=rate)
 
 
 def model_output(case: HostCase, model: Any, clips: Tensor, selection: et.TokenSelection, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from host_case import HostCase, gradients, weighted
-from host_contract import hosts
+from host_contract import kinds
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -30,7 +30,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 class TestPrecision:
-    @hosts()
+    @kinds()
     @HALVES
     def test_autocast(self, case, dtype):
         """As far from float64 as the reference is under autocast, where its own modules run."""
@@ -55,7 +55,7 @@ class TestPrecision:
             limit = 1.5 * distance(wanted[name], whole_gradients[name]) + 0.01
             assert distance(gradient, whole_gradients[name]) < limit or "k_" in name or "key" in name, name
 
-    @hosts()
+    @kinds()
     @HALVES
     def test_weights_of_half_precision(self, case, dtype):
         plain, model = case.plain(dtype=dtype), case.patched(dtype=dtype)
@@ -70,7 +70,7 @@ class TestPrecision:
         assert {gradient.dtype for gradient in gradients(model).values()} == {dtype}
         assert et.select_tokens(model, case.clips(dtype=dtype)).importance.dtype == torch.float32
 
-    @hosts()
+    @kinds()
     @pytest.mark.parametrize("first", ["no_grad", "inference_mode", "selecting"])
     def test_what_runs_first_costs_no_gradient(self, case, first):
         """Autocast caches the weights that it casts: without grad, they would stay without in the next forward."""
@@ -88,7 +88,7 @@ class TestPrecision:
         without = {name for name, each in model.named_parameters() if each.requires_grad and each.grad is None}
         assert without <= {"pos_embed"}  # which these models detach
 
-    @hosts()
+    @kinds()
     def test_moving_after_patching(self, case):
         model, clips, selection = case.patched(dtype=torch.float32), case.clips(), case.selection()
         before = case.run(model, clips.float(), selection)
@@ -123,13 +123,13 @@ class TestGradientCheckpointing:
         case.close_gradients(twin, model, 1e-10)
 
     @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-    @hosts(when=lambda case: case.checkpointing is not None)
+    @kinds()
     def test_of_the_host(self, case):
         if case.name.startswith("eva") and before("timm", "1.0.13"):
             pytest.skip("timm before 1.0.13: Eva hands checkpoint a keyword that it doesn't take")
         self.check(case, case.checkpointing)
 
-    @hosts()
+    @kinds()
     @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
     def test_of_wrapped_blocks(self, case, reentrant):
         self.check(case, lambda model: case.checkpoint_blocks(model, reentrant))
@@ -162,11 +162,11 @@ class TestThreads:
 
     THREADS, CALLS = 4, 40
 
-    @hosts("threads in the selector")
+    @kinds()
     def test_each_gets_its_own_tokens(self, case):
         self.check(case, hooked=False)
 
-    @hosts("threads before the embedding")
+    @kinds()
     def test_each_gets_its_own_tokens_where_the_embedding_is_hooked(self, case):
         self.check(case, hooked=True)
 
@@ -210,7 +210,7 @@ class TestThreads:
 
 
 class TestFunctionalTransforms:
-    @hosts()
+    @kinds()
     def test_functional_call(self, case):
         model, other = case.patched(), case.patched(seed=1)
         clips, selection = case.clips(), case.selection()
@@ -221,7 +221,7 @@ class TestFunctionalTransforms:
         case.close(case.output(output), expected)
         assert not torch.allclose(case.output(output), case.run(model, clips, selection))
 
-    @hosts()
+    @kinds()
     def test_gradients_of_each_sample_are_a_loops(self, case):
         model, clips, selection = case.patched(), case.clips(batch=3), case.selection(batch=3)
         weights = {name: value.detach() for name, value in model.named_parameters()}
@@ -244,7 +244,7 @@ class TestFunctionalTransforms:
             wanted = gradients(model)
             case.close_gradients({name: per_sample[name][row] for name in wanted}, wanted)
 
-    @hosts()
+    @kinds()
     def test_forward_mode_agrees_with_backward(self, case):
         """⟨w, J·v⟩ = ⟨Jᵀ·w, v⟩."""
         model, clips, selection = case.patched(), case.clips().requires_grad_(), case.selection()
@@ -260,7 +260,7 @@ class TestFunctionalTransforms:
         assert weighted(tangent).item() == pytest.approx((clips.grad * direction).sum().item(), rel=1e-9)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-    @hosts("trace")
+    @kinds()
     def test_a_trace_through_a_file(self, case):
         model, buffer = case.patched(dtype=torch.float32), io.BytesIO()
 
@@ -324,7 +324,7 @@ SETTINGS = [
 
 
 class TestOperators:
-    @hosts()
+    @kinds()
     @pytest.mark.parametrize("settings", SETTINGS)
     def test_nothing_waits_for_the_device(self, case, settings):
         model = case.patched(dtype=torch.float32, **settings).train()
@@ -341,7 +341,7 @@ class TestOperators:
         assert model.get_parameter(f"{case.projection}.weight").grad.abs().max() > 0
 
     def test_the_counter_would_see_them(self):
-        (case,) = (parameter.values[0] for parameter in hosts().args[1] if parameter.id == "VideoMAEForPreTraining")
+        (case,) = (parameter.values[0] for parameter in kinds().args[1] if parameter.id == "VideoMAEForPreTraining")
         plain = case.build(0)  # indexes with boolean masks, embeds with grad
         mask = torch.arange(case.tokens).expand(2, -1) % 2 == 0
         with CountOps() as forward:
@@ -352,7 +352,7 @@ class TestOperators:
         assert backward.counts["convolution_backward"] == 1
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    @hosts()
+    @kinds()
     @pytest.mark.parametrize("settings", SETTINGS)
     def test_nothing_synchronises_on_a_gpu(self, case, settings):
         model = case.patched(dtype=torch.float32, **settings).train().cuda()

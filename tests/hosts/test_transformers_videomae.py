@@ -6,8 +6,10 @@ import copy
 import math
 from typing import Any
 
+import host_case
 import pytest
 import torch
+from host_case import gradients
 from torch import Tensor
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 from transformers.models.videomae import modeling_videomae
@@ -16,37 +18,18 @@ from versions import set_attention
 import everest_tokens as et
 
 CLASSES = [VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel]
-SHAPES = [
-    pytest.param({}, id="3x4"),
-    pytest.param({"image_size": 32}, id="2x2"),
-    pytest.param({"tubelet_size": 1, "num_frames": 4}, id="tubelet1"),
-    pytest.param({"tubelet_size": 4}, id="tubelet4"),
-    pytest.param({"num_channels": 1}, id="grey"),
-    pytest.param({"num_channels": 4, "patch_size": 8, "image_size": (24, 16)}, id="4channels"),
+SHAPES: list[dict[str, Any]] = [
+    {"image_size": 32},
+    {"tubelet_size": 1, "num_frames": 4},
+    {"tubelet_size": 4},
+    {"num_channels": 1},
+    {"num_channels": 4, "patch_size": 8, "image_size": (24, 16)},
 ]
 
 
 def mask_of(selection: et.TokenSelection) -> Tensor:
     """The bool_masked_pos of transformers that leaves the selection's visible tokens. (B, N), True where masked."""
-    mask = torch.ones(selection.visible.shape[0], math.prod(selection.grid), dtype=torch.bool)
-    return mask.scatter(1, selection.visible, False)
-
-
-def random_selection(model: Any, kept: int, visible: int | None = None, seed: int = 3) -> et.TokenSelection:
-    """Random tokens of two clips; made without the library's own selecting."""
-    embeddings = getattr(model, "videomae", model).embeddings
-    config = model.config
-    height, width = embeddings.patch_embeddings.image_size
-    grid = (config.num_frames // config.tubelet_size, height // config.patch_size, width // config.patch_size)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(math.prod(grid), generator=generator) for _ in range(2)])
-    if visible is None:
-        return et.TokenSelection(order[:, :kept].sort(dim=1).values, None, grid)
-    return et.TokenSelection(order[:, :visible].sort(1).values, order[:, visible:kept].sort(1).values, grid)
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return host_case.mask_of(selection.visible, math.prod(selection.grid))
 
 
 def assert_same_gradients(actual: Any, expected: Any, **tolerance: float) -> None:
@@ -61,64 +44,42 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}  # of float64
 
 
 class TestKeepingEverything:
-    @pytest.mark.parametrize("pooling", [True, False])
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize(
+        ("cls", "options"),
+        [
+            (VideoMAEForVideoClassification, {"use_mean_pooling": False}),
+            (VideoMAEForVideoClassification, {"image_size": (40, 56)}),  # Conv3d drops 8 rows and 8 columns
+            (VideoMAEForPreTraining, {"norm_pix_loss": False}),
+            *((cls, shape) for shape in SHAPES for cls in (VideoMAEForPreTraining, VideoMAEForVideoClassification)),
+        ],
+    )
     @pytest.mark.filterwarnings("ignore:use_mean_pooling")
-    def test_classifier_is_transformers(self, make_model, make_clips, shape, pooling):
-        plain = make_model(VideoMAEForVideoClassification, use_mean_pooling=pooling, **shape).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        clips, labels = make_clips(plain), torch.tensor([1, 4])
+    def test_is_transformers(self, make_model, make_clips, cls, options):
+        plain = make_model(cls, **options).double()
+        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), mask_ratio=0.75)
+        clips, labels = make_clips(plain), {"labels": torch.tensor([1, 4])}
+        selection = et.select_tokens(patched, clips)
+        mask = {"bool_masked_pos": mask_of(selection)}
         pixels = [clips.clone().requires_grad_() for _ in range(2)]
-        expected, actual = (
-            model(given, labels=labels, output_hidden_states=True)
-            for model, given in zip((plain, patched), pixels, strict=True)
-        )
-        torch.testing.assert_close((actual.loss, actual.logits), (expected.loss, expected.logits), **EXACT)
+        given = (labels, labels) if cls is VideoMAEForVideoClassification else (mask, {"token_selection": selection})
+        expected = plain(pixels[0], output_hidden_states=True, **given[0])
+        actual = patched(pixels[1], output_hidden_states=True, **given[1])
         assert len(actual.hidden_states) == 3
-        torch.testing.assert_close(actual.hidden_states, expected.hidden_states, **EXACT)
+        for name in ("logits", "loss", "hidden_states"):
+            torch.testing.assert_close(getattr(actual, name), getattr(expected, name), **EXACT)
         expected.loss.backward()
         actual.loss.backward()
         assert_same_gradients(patched, plain, **EXACT)
         torch.testing.assert_close(pixels[1].grad, pixels[0].grad, **EXACT)
-
-    def test_image_sides_that_leave_a_margin(self, make_model, make_clips):
-        plain = make_model(
-            VideoMAEForVideoClassification, image_size=(40, 56)
-        ).double()  # Conv3d drops 8 rows and 8 columns
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        for model in (plain, patched):
-            model(make_clips(plain), labels=torch.tensor([1, 4])).loss.backward()
-        assert_same_gradients(patched, plain, **EXACT)
 
 
 class TestPreTraining:
-    @pytest.mark.parametrize(
-        ("shape", "norm_pix_loss"),
-        [(shape.values[0], norm) for shape in SHAPES for norm in (True, False)],
-    )
-    def test_keeping_everything_is_transformers(self, make_model, make_clips, shape, norm_pix_loss):
-        plain = make_model(VideoMAEForPreTraining, norm_pix_loss=norm_pix_loss, **shape).double()
-        clips = make_clips(plain)
-        if not norm_pix_loss and plain.config.num_channels != 3:
-            with pytest.raises(ValueError, match="RGB"):
-                plain(clips, torch.arange(plain.videomae.embeddings.num_patches).expand(2, -1) > 4)
-            with pytest.raises(TypeError, match="RGB"):  # told when it is patched
-                et.patch_videomae(plain)
-            return
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), mask_ratio=0.75)
-        selection = et.select_tokens(patched, clips)
-        mask = mask_of(selection)
-        assert mask.sum(1).tolist() == [selection.target.shape[1]] * 2
-        pixels = [clips.clone().requires_grad_() for _ in range(2)]
-        expected = plain(pixels[0], bool_masked_pos=mask, output_hidden_states=True)
-        actual = patched(pixels[1], token_selection=selection, output_hidden_states=True)
-        torch.testing.assert_close(actual.logits, expected.logits, **EXACT)
-        torch.testing.assert_close(actual.loss, expected.loss, **EXACT)
-        torch.testing.assert_close(actual.hidden_states, expected.hidden_states, **EXACT)
-        expected.loss.backward()
-        actual.loss.backward()
-        assert_same_gradients(patched, plain, **EXACT)
-        torch.testing.assert_close(pixels[1].grad, pixels[0].grad, **EXACT)
+    def test_pixels_of_another_number_of_channels(self, make_model, make_clips):
+        plain = make_model(VideoMAEForPreTraining, norm_pix_loss=False, num_channels=1)
+        with pytest.raises(ValueError, match="RGB"):
+            plain(make_clips(plain), torch.arange(48).expand(2, -1) > 4)
+        with pytest.raises(TypeError, match="RGB"):  # told when it is patched
+            et.patch_videomae(plain)
 
     def test_random_selector_with_tubes_is_videomae(self, make_model, make_clips):
         plain = make_model(VideoMAEForPreTraining).double()
@@ -138,13 +99,12 @@ class TestPreTraining:
         torch.testing.assert_close(patched(clips).loss, plain(clips, mask_of(drawn)).loss, **EXACT)
 
     @pytest.mark.parametrize("norm_pix_loss", [True, False])
-    @pytest.mark.parametrize("shape", SHAPES[:4])
-    def test_partial_targets_and_decoder(self, make_model, make_clips, monkeypatch, shape, norm_pix_loss):
+    @pytest.mark.parametrize("shape", SHAPES[:2])
+    def test_the_loss_is_of_the_targets_pixels_alone(self, make_model, make_clips, monkeypatch, shape, norm_pix_loss):
         plain = make_model(VideoMAEForPreTraining, norm_pix_loss=norm_pix_loss, **shape).double()
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.75), mask_ratio=0.75)
         clips, rows = make_clips(plain), torch.arange(2)[:, None]
-        tokens = plain.videomae.embeddings.num_patches
-        selection = random_selection(plain, kept=tokens * 3 // 4, visible=tokens // 4)
+        selection = et.select_tokens(patched, clips)
         mask = mask_of(selection)
 
         # transformers computes the pixels of every masked token: our targets are some of them
@@ -157,20 +117,13 @@ class TestPreTraining:
 
         monkeypatch.setattr(modeling_videomae, "MSELoss", Recording)
         plain(clips, bool_masked_pos=mask)
-        by_position = torch.full((2, tokens, labels["all"].shape[-1]), math.nan, dtype=clips.dtype)
+        by_position = torch.full((*mask.shape, labels["all"].shape[-1]), math.nan, dtype=clips.dtype)
         by_position[mask] = labels["all"].flatten(0, 1)
         wanted = by_position[rows, selection.target]
 
-        # the decoder sees visible tokens and mask tokens at the targets, and nothing else
-        seen = plain.encoder_to_decoder(plain.videomae(clips, bool_masked_pos=mask).last_hidden_state)
-        table = plain.position_embeddings.double()[0]
-        sequence = [seen + table[selection.visible], plain.mask_token + table[selection.target]]
-        expected = plain.decoder(torch.cat(sequence, dim=1), selection.target.shape[1]).logits
-
         actual = patched(clips, token_selection=selection)
         assert actual.logits.shape == wanted.shape
-        torch.testing.assert_close(actual.logits, expected, **EXACT)
-        torch.testing.assert_close(actual.loss, (expected - wanted).square().mean(), **EXACT)
+        torch.testing.assert_close(actual.loss, (actual.logits - wanted).square().mean(), **EXACT)
 
     @pytest.mark.parametrize(
         ("visible", "target", "message"),
@@ -200,45 +153,18 @@ class TestPreTraining:
         kept = {tuple(et.select_tokens(model, clips).kept[0].tolist()) for _ in range(3)}
         assert len(kept) == 1  # of the same kept tokens
 
-    def test_dual_masking_targets_are_the_kept_that_are_not_visible(self, make_model, make_clips):
-        model = make_model(VideoMAEForPreTraining, image_size=64)
-        et.patch_videomae(model, et.RunningCellSelector(0.5), visible=et.TubeSelector(0.25))
-        selection = et.select_tokens(model, make_clips(model))
-        assert selection.visible.shape == (2, 16)
-        assert selection.target.shape == (2, 24)  # a tube's place is kept every second step: 32 - 16 / 2
-        for visible, target in zip(selection.visible.tolist(), selection.target.tolist(), strict=True):
-            assert not set(visible) & set(target)
-        assert model(make_clips(model), token_selection=selection).logits.shape == (2, 24, 16 * 16 * 2 * 3)
-
 
 class TestPartialKeep:
-    @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("cls", CLASSES)
-    def test_encoder_sees_the_visible_tokens_alone(self, make_model, make_clips, cls, shape):
-        plain = make_model(cls, **shape).double()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(0.6), mask_ratio=0.75)
-        clips = make_clips(plain)
-        selection = et.select_tokens(patched, clips)
-        encoder = plain if cls is VideoMAEModel else plain.videomae
-        expected = encoder(clips, bool_masked_pos=mask_of(selection), output_hidden_states=True)
-        actual = patched(clips, token_selection=selection, output_hidden_states=True)
-        assert actual.hidden_states[0].shape[1] == selection.visible.shape[1]
-        torch.testing.assert_close(actual.hidden_states, expected.hidden_states, **EXACT)
-        if cls is VideoMAEModel:
-            torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, **EXACT)
-
     def test_first_kept_token_without_mean_pooling(self, make_model, make_clips):
         model = make_model(VideoMAEForVideoClassification, use_mean_pooling=False)
         with pytest.warns(UserWarning, match="use_mean_pooling"):
             et.patch_videomae(model)
         clips = make_clips(model)
-        selection = random_selection(model, kept=12)
+        selection = et.select_tokens(model, clips)
         out = model(clips, token_selection=selection, output_hidden_states=True)
         last = model.videomae.layernorm(out.hidden_states[-1])
         torch.testing.assert_close(out.logits, model.classifier(last[:, 0]))
 
-
-class TestUnselectedTokens:
     def test_a_parametrised_projection_trains_its_parametrisation(self, make_model, make_clips):
         plain = make_model(VideoMAEForVideoClassification).double()
         torch.nn.utils.parametrizations.weight_norm(plain.videomae.embeddings.patch_embeddings.projection)
@@ -249,18 +175,6 @@ class TestUnselectedTokens:
 
 
 class TestFrameSampler:
-    def test_importance_is_computed_again_between_the_drawn_steps(self, make_model, make_clips):
-        model = make_model(VideoMAEForVideoClassification)
-        clips = make_clips(model, frames=12)
-        tokens = torch.cat(
-            [model.videomae.embeddings.patch_embeddings(clips[:, i : i + 2]) for i in range(0, 12, 2)], 1
-        )
-        et.patch_videomae(model, et.ReRoSelector(0.5), frame_sampler=et.InfoFrameSampler(1.5)).train()
-        selection = et.select_tokens(model, clips)
-        drawn = tokens.unflatten(1, (6, 12))[torch.arange(2)[:, None], selection.steps]
-        change = (drawn[:, 1:] - drawn[:, :-1]).norm(dim=-1)
-        torch.testing.assert_close(selection.importance, torch.cat([change[:, :1], change], dim=1).flatten(1))
-
     def test_eval_takes_the_most_probable_steps(self, make_model, make_clips):
         model = make_model(VideoMAEForVideoClassification)
         clips = make_clips(model, batch=1, frames=12)
@@ -278,14 +192,14 @@ class TestFrameSampler:
         assert all({2, 4} <= set(pick) for pick in picks)  # the empty steps come only once these two are drawn
 
     @pytest.mark.parametrize(("alpha", "frames"), [(1.3, 20), (1.5, 24), (1.8, 28), (2.0, 32)])
-    @pytest.mark.parametrize("training", [True, False])
-    def test_frame_counts(self, make_model, make_clips, alpha, frames, training):
-        model = make_model(VideoMAEForVideoClassification, num_frames=16, image_size=32).train(training)
+    def test_frame_counts(self, make_model, make_clips, alpha, frames):
+        model = make_model(VideoMAEForVideoClassification, num_frames=16, image_size=32)
         et.patch_videomae(model, frame_sampler=et.InfoFrameSampler(alpha))
-        assert model(make_clips(model, frames=frames)).logits.shape == (2, 5)
-        for wrong in (16, frames - 2, frames + 2):
-            with pytest.raises(ValueError, match=rf"\b{frames}\b.*\b{wrong}\b"):
-                model(make_clips(model, frames=wrong))
+        for training in (True, False):
+            assert model.train(training)(make_clips(model, frames=frames)).logits.shape == (2, 5)
+            for wrong in (16, frames - 2, frames + 2):
+                with pytest.raises(ValueError, match=rf"\b{frames}\b.*\b{wrong}\b"):
+                    model(make_clips(model, frames=wrong))
 
 
 class TestAttentionImplementations:
@@ -295,8 +209,7 @@ class TestAttentionImplementations:
             (VideoMAEForPreTraining, "eager"),
             (VideoMAEForPreTraining, "sdpa"),
             (VideoMAEForVideoClassification, "eager"),
-            (VideoMAEForVideoClassification, "sdpa"),
-            (VideoMAEForVideoClassification, "flex_attention"),  # compiles: slow, so it runs once
+            (VideoMAEForVideoClassification, "flex_attention"),
         ],
     )
     def test_each_gives_transformers_numbers(self, make_model, make_clips, cls, implementation):
@@ -307,11 +220,12 @@ class TestAttentionImplementations:
         clips = make_clips(plain)
         selection = et.select_tokens(patched, clips)
         given = {} if cls is VideoMAEForVideoClassification else {"bool_masked_pos": mask_of(selection)}
-        try:
-            expected = plain(clips, **given)
-        except (NotImplementedError, ImportError) as error:
-            pytest.skip(f"transformers itself cannot run {implementation} here: {error}")
-        torch.testing.assert_close(patched(clips, token_selection=selection).logits, expected.logits)
+        with torch.compiler.set_stance("force_eager"):  # transformers compiles flex attention, which takes a minute
+            try:
+                expected = plain(clips, **given)
+            except (NotImplementedError, ImportError) as error:
+                pytest.skip(f"transformers itself cannot run {implementation} here: {error}")
+            torch.testing.assert_close(patched(clips, token_selection=selection).logits, expected.logits)
 
     @pytest.mark.parametrize("cls", CLASSES)
     def test_attentions_and_hidden_states(self, make_model, make_clips, cls):
@@ -334,34 +248,16 @@ class TestAttentionImplementations:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("how", ["weights", "autocast"])
-    @pytest.mark.parametrize("cls", CLASSES[:2])
-    def test_loss(self, make_model, make_clips, cls, how, dtype):
-        plain = make_model(cls).to(dtype if how == "weights" else torch.float32)
+    def test_loss(self, make_model, make_clips, how):
+        plain = make_model(VideoMAEForPreTraining).to(torch.bfloat16 if how == "weights" else torch.float32)
         patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
         clips = make_clips(plain)
-        with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
             selection = et.select_tokens(patched, clips)
-            pretraining = cls is VideoMAEForPreTraining
-            given = {"bool_masked_pos": mask_of(selection)} if pretraining else {"labels": torch.tensor([1, 4])}
-            labels = {} if pretraining else given
-            expected, actual = plain(clips, **given).loss, patched(clips, **labels, token_selection=selection).loss
+            expected, actual = plain(clips, mask_of(selection)).loss, patched(clips, token_selection=selection).loss
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-class TestGradientCheckpointing:
-    def test_frozen_embeddings_with_input_require_grads(self, make_model, make_clips):
-        plain = make_model(VideoMAEForVideoClassification).double().train()
-        plain.videomae.embeddings.requires_grad_(False)
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0))
-        for model in (plain, patched):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-            model.enable_input_require_grads()  # what PEFT does: a hook on the patch embeddings
-            model(make_clips(plain), labels=torch.tensor([1, 4])).loss.backward()
-        assert_same_gradients(patched, plain, **EXACT)
 
 
 class TestDropPath:
@@ -389,19 +285,8 @@ class TestDropPath:
             assert abs(share - expected) < 0.09, (index, branch, share)  # four standard deviations
             assert (share == 0) == (index == 0)
 
-    def test_survivors_are_rescaled(self, make_model, make_clips, same_to_rounding):
-        plain = make_model(VideoMAEModel, num_hidden_layers=1).double().eval()
-        # a single block: linspace(0, rate, 1) is 0, as timm and VideoMAE have it
+    def test_a_single_block_is_never_dropped(self, make_model, make_clips):
+        plain = make_model(VideoMAEModel, num_hidden_layers=1).double()
+        # linspace(0, rate, 1) is 0, as timm and VideoMAE have it
         single = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), drop_path=0.9).train()
-        same_to_rounding(single(make_clips(plain))[0], plain(make_clips(plain))[0])
-        plain = make_model(VideoMAEModel, num_hidden_layers=2).double().eval()
-        patched = et.patch_videomae(copy.deepcopy(plain), et.ReRoSelector(1.0), drop_path=0.5).train()
-        ends = {}
-        for name, model in (("plain", plain), ("patched", patched)):
-            layer = model.encoder.layer[1].attention
-            layer.register_forward_hook(lambda module, args, output, name=name: ends.__setitem__(name, output))
-            torch.manual_seed(1)
-            model(make_clips(plain, batch=16))
-        survived = ends["patched"].abs().amax(dim=(1, 2)) > 0
-        assert 0 < survived.sum() < 16
-        torch.testing.assert_close(ends["patched"][survived], 2 * ends["plain"][survived], **EXACT)
+        torch.testing.assert_close(single(make_clips(plain))[0], plain(make_clips(plain))[0], **EXACT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -29,35 +28,20 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def loss_of(output: Any) -> torch.Tensor:
-    return output.loss if hasattr(output, "loss") else output.last_hidden_state.square().mean()
-
-
-def labels_for(cls: Any, batch: int = 2) -> dict[str, torch.Tensor]:
-    return {"labels": torch.arange(batch)} if cls is VideoMAEForVideoClassification else {}
-
-
 class TestCompile:
     @pytest.mark.parametrize(
-        ("cls", "settings", "frames"),
+        ("cls", "settings"),
         [
-            (VideoMAEForPreTraining, {"frame_sampler": et.InfoFrameSampler(1.5), "drop_path": 0.3}, 12),
-            (
-                VideoMAEForPreTraining,
-                {"selector": et.RunningCellSelector(0.5), "visible": et.TubeSelector(0.25)},
-                None,
-            ),
-            (VideoMAEForVideoClassification, {"selector": et.ReRoSelector(0.5, distance="cka")}, None),
+            (VideoMAEForPreTraining, {"selector": et.RunningCellSelector(0.5), "visible": et.TubeSelector(0.25)}),
+            (VideoMAEForVideoClassification, {"selector": et.ReRoSelector(0.5, distance="cka")}),
         ],
     )
-    @pytest.mark.parametrize("training", [True, False])
-    def test_other_settings_make_one_graph(self, make_model, make_clips, cls, settings, frames, training):
-        settings = {"mask_ratio": 0.8} | settings
-        model = et.patch_videomae(make_model(cls, **SMALL), **settings).train(training)
-        clips = make_clips(model, frames=frames)
+    def test_other_settings_make_one_graph(self, make_model, make_clips, cls, settings):
+        model = et.patch_videomae(make_model(cls, **SMALL), **settings).train()
+        clips, labels = make_clips(model), {"labels": torch.arange(2)}
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        with torch.set_grad_enabled(training):
-            losses = {loss_of(compiled(clips, **labels_for(cls))).item() for _ in range(6)}
+        given = labels if cls is VideoMAEForVideoClassification else {}
+        losses = {compiled(clips, **given).loss.item() for _ in range(6)}
         assert counters["stats"]["unique_graphs"] == 1
         assert (len(losses) > 1) == (cls is VideoMAEForPreTraining)  # still random in the graph
 
@@ -82,9 +66,7 @@ class TestCompile:
         assert compiled(clips).logits.shape[1] == 8
         model.everest.visible = et.TubeSelector(0.25)
         assert compiled(clips).logits.shape[1] == 12
-        model.everest.visible = None
-        model.everest.selector = et.RandomSelector(0.75)
-        assert compiled(clips).logits.shape[1] == 4
+        model.everest.visible, model.everest.selector = None, et.RandomSelector(0.75)
         model.everest.frame_sampler = et.InfoFrameSampler(2.0)
         assert compiled(make_clips(model, frames=16)).logits.shape[1] == 4
 
@@ -92,14 +74,13 @@ class TestCompile:
         model = et.patch_videomae(make_model(VideoMAEForVideoClassification, **SMALL), et.ReRoSelector(0.5))
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         clips, answers = make_clips(model), []
-        for name, value in (("distance", "l2"), ("descending", False), ("distance", "cosine"), ("descending", True)):
+        for name, value in (("distance", "l2"), ("descending", False), ("distance", "cosine")):
             setattr(model.everest.selector, name, value)
             answers.append(compiled(clips).logits)
             torch.testing.assert_close(answers[-1], model(clips).logits)
         assert not torch.allclose(answers[0], answers[1])
 
-    @pytest.mark.parametrize("used", [True, False])
-    @pytest.mark.parametrize("through", ["wrapper", "model", "in place"])
+    @pytest.mark.parametrize(("through", "used"), [("wrapper", True), ("model", False), ("in place", True)])
     def test_patching_after_compiling(self, make_model, make_clips, through, used):
         model = make_model(VideoMAEForVideoClassification, **SMALL)
         clips, plain = make_clips(model), copy.deepcopy(model)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import socket
-import time
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from host_case import HostCase, weighted
-from host_contract import CASES, hosts
+from host_contract import CASES, kinds
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +26,6 @@ WORLD, BATCH, LIMIT = 2, 4, 240  # processes, clips, seconds for all scenarios t
 WRAPPINGS = ["ddp", "fsdp", "fsdp, embedding too", "fsdp, projection too"]
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-RUN_HERE = [case for case in CASES if not case.variant and not (case.skip and case.skip.args[0])]
 
 
 def part_of(selection: et.TokenSelection, rows: slice) -> et.TokenSelection:
@@ -63,7 +61,10 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def train(case: HostCase, how: str, rank: int, late: bool = False) -> dict[str, Any]:
-    """Two steps on this rank's half: a second one shows what the first left behind."""
+    """Two steps on this rank's half, selecting before each: the second shows what the first left behind.
+
+    A sharded model may refuse to select, but must go on working.
+    """
     model = (case.build(0).double() if late else case.patched()).train()
     wrapped = wrap(case, model, how)
     if late:
@@ -71,21 +72,6 @@ def train(case: HostCase, how: str, rank: int, late: bool = False) -> dict[str, 
             case.patch(wrapped)
         except TypeError as error:
             return {"refused": str(error)}
-    clips, selection = case.clips(BATCH)[rows_of(rank)], part_of(case.selection(BATCH), rows_of(rank))
-    steps = []
-    for _ in range(2):
-        model.zero_grad()
-        weighted(case.run(wrapped, clips, selection)).backward()
-        steps.append(gradients(model))
-    with torch.no_grad():
-        own = case.run(wrapped, clips)  # selecting in forward
-    return {"gradients": steps, "own": own, "flops": et.count_flops(wrapped).total}
-
-
-def select(case: HostCase, how: str, rank: int) -> dict[str, Any]:
-    """select_tokens around training steps: a sharded model may refuse it, but must go on working."""
-    model = case.patched().train()
-    wrapped = wrap(case, model, how)
     clips, selection = case.clips(BATCH)[rows_of(rank)], part_of(case.selection(BATCH), rows_of(rank))
     kept, steps = [], []
     for _ in range(2):
@@ -97,7 +83,9 @@ def select(case: HostCase, how: str, rank: int) -> dict[str, Any]:
         model.zero_grad()
         weighted(case.run(wrapped, clips, selection)).backward()
         steps.append(gradients(model))
-    return {"gradients": steps, "kept": kept}
+    with torch.no_grad():
+        own = case.run(wrapped, clips)  # selecting in forward
+    return {"gradients": steps, "kept": kept, "own": own, "flops": et.count_flops(wrapped).total}
 
 
 def patch_sharded(case: HostCase, how: str, rank: int) -> dict[str, Any]:
@@ -138,63 +126,51 @@ def replace_kernel(case: HostCase, how: str, rank: int) -> dict[str, Any]:
     return found
 
 
-Task = tuple[str, str, Any]  # what, host, how
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train,
     "late": lambda case, how, rank: train(case, how, rank, late=True),
-    "select": select,
     "refuse": patch_sharded,
     "replace": replace_kernel,
 }
 
 
-def tasks() -> list[Task]:
-    listed: list[Task] = []
-    for case in RUN_HERE:
-        listed += [("train", case.name, how) for how in WRAPPINGS]
-        listed += [("late", case.name, "ddp"), ("refuse", case.name, "fsdp")]
-        listed += [("select", case.name, how) for how in WRAPPINGS[:3] if not case.pretraining]
-        listed += [("replace", case.name, "ddp")] if case.image_model else []
+def tasks() -> list[tuple[str, str, str]]:
+    """(what, host, how) of every scenario."""
+    listed = []
+    for case in CASES:
+        if not case.variant and not (case.skip and case.skip.args[0]):
+            listed += [("train", case.name, how) for how in WRAPPINGS]
+            listed += [("late", case.name, "ddp"), ("refuse", case.name, "fsdp")]
+            listed += [("replace", case.name, "ddp")] if case.image_model else []
     return listed
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     named = {case.name: case for case in CASES}
     for index, (what, host, how) in enumerate(tasks()):
         try:
             result = RUNS[what](named[host], how, rank)
         except Exception:
             result = {"error": traceback.format_exc()}
-        torch.save(result, Path(folder) / f"{rank}-{index}.pt")
+        torch.save(result, folder / f"{rank}-{index}.pt")
         dist.barrier()
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
-    """All scenarios in one pair of processes: importing transformers twice takes longer than running them."""
+    """All scenarios in one pair of processes, which fork once transformers is imported: that is what takes longest."""
     folder = tmp_path_factory.mktemp("distributed")
-    context = torch.multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + LIMIT
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            break
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(folder)]
+    log = subprocess.run(command, env=environment, timeout=LIMIT, capture_output=True, text=True).stderr
     index = {task: number for number, task in enumerate(tasks())}
 
     def of(what: str, case: HostCase, how: str) -> list[dict[str, Any]]:
         files = [folder / f"{rank}-{index[what, case.name, how]}.pt" for rank in range(WORLD)]
-        found = [torch.load(file) if file.exists() else {"error": f"no result within {LIMIT} s"} for file in files]
+        found = [torch.load(file) if file.exists() else {"error": f"no result: {log[-2000:]}"} for file in files]
         for result in found:
             if "error" in result:
                 pytest.fail(result["error"])
@@ -209,24 +185,29 @@ def assert_trained_as_one_process(case: HostCase, found: list[dict[str, Any]]) -
         clips, selection = case.clips(BATCH)[rows_of(rank)], part_of(case.selection(BATCH), rows_of(rank))
         loss = loss + weighted(case.run(model, clips, selection)) / WORLD
     loss.backward()
+    wanted = gradients(model)
     for result in found:
         assert len(result["gradients"]) == 2
         for step in result["gradients"]:
-            case.close_gradients(step, gradients(model), 1e-9)
+            case.close_gradients(step, wanted, 1e-9)
 
 
 @pytest.mark.parametrize("how", WRAPPINGS)
-@hosts(when=lambda case: case in RUN_HERE)
+@kinds()
 def test_gradients_are_those_of_one_process(results, case, how):
     found = results("train", case, how)
     assert_trained_as_one_process(case, found)
     model = case.patched().train()
+    flops = et.count_flops(model).total
     for rank, result in enumerate(found):
-        case.close(result["own"], case.run(model, case.clips(BATCH)[rows_of(rank)]))
-        assert result["flops"] == et.count_flops(model).total
+        clips = case.clips(BATCH)[rows_of(rank)]
+        case.close(result["own"], case.run(model, clips))
+        assert result["flops"] == flops
+        assert len(result["kept"]) == 2 or how != "ddp"
+        assert all(torch.equal(kept, et.select_tokens(model, clips).kept) for kept in result["kept"])
 
 
-@hosts(when=lambda case: case in RUN_HERE)
+@kinds()
 def test_patching_through_ddp_works_or_is_refused(results, case):
     """timm's kernel is replaced by another parameter, which DDP would not reduce."""
     found = results("late", case, "ddp")
@@ -236,29 +217,16 @@ def test_patching_through_ddp_works_or_is_refused(results, case):
     assert_trained_as_one_process(case, found)
 
 
-@pytest.mark.parametrize("how", WRAPPINGS[:3])
-@hosts(when=lambda case: case in RUN_HERE and not case.pretraining)
-def test_selecting_leaves_the_model_working(results, case, how):
-    found = results("select", case, how)
-    assert_trained_as_one_process(case, found)
-    expected = et.select_tokens(case.patched(), case.clips(BATCH)).kept
-    for rank, result in enumerate(found):
-        assert len(result["kept"]) == 2 or how != "ddp"
-        assert all(torch.equal(kept, expected[rows_of(rank)]) for kept in result["kept"])
-
-
-@hosts(when=lambda case: case in RUN_HERE)
+@kinds()
 def test_a_sharded_model_is_refused(results, case):
     for result in results("refuse", case, "fsdp"):
         assert len(result["messages"]) == 2
-        for message in result["messages"]:
-            assert "FSDP" in message
-            assert "patch_videomae before" in message
+        assert all("FSDP" in message and "patch_videomae before" in message for message in result["messages"])
         assert not result["patched"]
 
 
 @pytest.mark.parametrize("change", ["unpatched", "other tubelets"])
-@hosts(when=lambda case: case in RUN_HERE and case.image_model)
+@kinds(lambda case: case.image_model)
 def test_no_kernel_trains_outside_ddp(results, case, change):
     first, second = (result[change] for result in results("replace", case, "ddp"))
     if isinstance(first, str):
@@ -270,8 +238,13 @@ def test_no_kernel_trains_outside_ddp(results, case, change):
 
 def test_a_model_that_accelerate_prepared_is_refused(make_model):
     accelerate = pytest.importorskip("accelerate")
-    model = make_model(VideoMAEForVideoClassification)
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(copy.deepcopy(model))
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(
+        make_model(VideoMAEForVideoClassification)
+    )
     assert isinstance(prepared, nn.Module)
     with pytest.raises(TypeError, match="patch_videomae before"):
         et.patch_videomae(prepared)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(work, (Path(sys.argv[1]),), nprocs=WORLD, start_method="fork")

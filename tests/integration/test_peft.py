@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from host_case import HostCase, structure, weighted
-from host_contract import hosts
+from host_contract import kinds
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +18,6 @@ from transformers import VideoMAEForVideoClassification
 import everest_tokens as et
 
 RANK, ALPHA = 2, 6
-ORDERS = ["patch first", "wrap first"]
 
 
 def lora(model: Any, modules: tuple[str, ...], **options: Any) -> PeftModel:
@@ -61,10 +60,10 @@ def merged_by_hand(case: HostCase, wrapped: PeftModel, modules: tuple[str, ...])
     return merged
 
 
-@pytest.mark.parametrize("projected", [False, True], ids=["blocks", "projection too"])
-@pytest.mark.parametrize("order", ORDERS)
 class TestAdapters:
-    @hosts()
+    @pytest.mark.parametrize("projected", [False, True], ids=["blocks", "projection too"])
+    @pytest.mark.parametrize("order", ["patch first", "wrap first"])
+    @kinds()
     def test_are_the_merged_weights(self, case, order, projected):
         """Outputs, and the adapters' gradients by the chain rule of W + α/r·B·A."""
         modules = (*case.adapted, case.projection) if projected else case.adapted
@@ -95,10 +94,9 @@ class TestAdapters:
         assert torch.equal(chosen.kept, et.select_tokens(merged, clips).kept)
         assert torch.allclose(chosen.importance, plain.importance) != projected
 
-    @hosts()
+    @pytest.mark.parametrize(("order", "projected"), [("patch first", True), ("wrap first", False)])
+    @kinds()
     def test_train_alone_and_load_again(self, case, order, projected, tmp_path):
-        if case.image_model and projected and order == "wrap first":
-            pytest.skip("refused, see above")
         modules = (*case.adapted, case.projection) if projected else case.adapted
         model = adapted(case, modules, order, torch.float32).train()
         clips, selection = case.clips(dtype=torch.float32), case.selection()
@@ -121,7 +119,7 @@ class TestAdapters:
 
 
 class TestWrapper:
-    @hosts()
+    @kinds()
     def test_everything_looks_through_it(self, case):
         model, clips = adapted(case, case.adapted, "wrap first"), case.clips()
         base, plain = model.get_base_model(), lora(case.build(0).double(), case.adapted)
@@ -132,7 +130,7 @@ class TestWrapper:
         assert structure(model) == structure(plain)
         assert torch.equal(case.own_output(model), case.own_output(plain))
 
-    @hosts(when=lambda case: case.image_model)
+    @kinds(lambda case: case.image_model)
     def test_an_adapted_kernel_of_tubelets_is_not_unpatched(self, case):
         model = lora(case.patched(), (case.projection,))
         merged, clips, selection = merged_by_hand(case, model, (case.projection,)), case.clips(), case.selection()
@@ -143,7 +141,7 @@ class TestWrapper:
         kernel = merged.get_parameter(f"{case.projection}.weight").sum(dim=2)
         case.close(unloaded.get_parameter(f"{case.projection}.weight"), kernel)
 
-    @hosts(variants=False)
+    @kinds()
     @pytest.mark.parametrize("projected", [False, True])
     def test_flops_are_what_torch_counts(self, case, projected):
         """Not more than what runs, and not less."""
