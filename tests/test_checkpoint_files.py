@@ -378,7 +378,7 @@ PLACES = {
 
 class TestPickles:
     @pytest.mark.parametrize("place", PLACES)
-    @pytest.mark.parametrize("how", ["zip", "capitals", "legacy", "plain pickle"])
+    @pytest.mark.parametrize("how", ["zip", "legacy", "plain pickle"])
     def test_a_payload_never_runs(self, tmp_path, place, how):
         marker, path = tmp_path / "ran", tmp_path / "w.pth"
         payload = Call(os.system, f'echo > "{marker}"')
@@ -387,8 +387,6 @@ class TestPickles:
             path.write_bytes(pickle.dumps(content))
         else:
             torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
-        if how == "capitals":  # torch looks for the record in either case
-            rezipped(path, name=lambda name: name.replace("data.pkl", "DATA.PKL"))
         message = refused(path)
         assert not marker.exists()
         assert message
@@ -460,7 +458,7 @@ def bomb(name: str, path: Any) -> None:
         "copy": Call(build, row.expand(3 << 28), torch.float64, "cpu", False),
         "sparse": torch.sparse_coo_tensor(torch.zeros(1, 1).long(), row, (1 << 40,)),
     }
-    kind = name.removesuffix(" legacy")
+    kind = name.removesuffix(" legacy").removesuffix(" capitals")
     if kind in values:
         state["head.weight"] = values[kind]
     elif kind == "expanded":
@@ -473,6 +471,8 @@ def bomb(name: str, path: Any) -> None:
     torch.save({"args": {}, "model": state}, path, _use_new_zipfile_serialization=zipped)
     if kind == "compressed":
         rezipped(path, how=zipfile.ZIP_DEFLATED)
+    if "capitals" in name:  # torch finds the record nevertheless
+        rezipped(path, name=str.upper)
     if kind == "wide key":  # t = (t, t), sixty times
         doubled = (b"r%bj%b\x86" % (struct.pack("<I", n), struct.pack("<I", n)) for n in range(10**6, 10**6 + 60))
         rezipped(path, with_key(b"N" + b"".join(doubled)))
@@ -490,6 +490,7 @@ class TestSmallFilesThatAskForMuch:
         [
             *("bytes", "tensor", "copy", "sparse", "expanded", "shared", "compressed", "wide key", "deep key"),
             *("bytes legacy", "tensor legacy", "copy legacy", "expanded legacy", "shared legacy", "declared legacy"),
+            "bytes capitals",
         ],
     )
     def test_refused_in_time_and_memory(self, tmp_path, name):
