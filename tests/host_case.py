@@ -33,7 +33,6 @@ import everest_tokens as et
 Grid = tuple[int, int, int]
 # Of the largest magnitude. The embedding may be a matrix product where the host convolves: equal to rounding, no more.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
-_PATCHED: dict[Any, Any] = {}  # models to copy
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class HostCase:
         rounding: of float64 results against the reference, where that is wider than `ROUNDING`.
         variant: another case has the same mechanism; `kinds` leaves it out, `hosts` doesn't.
         skip: a mark for where the installed library lacks the model.
+        copied: patched models, of which `patched` gives copies.
     """
 
     name: str
@@ -87,6 +87,7 @@ class HostCase:
     rounding: float = 0.0
     variant: bool = False
     skip: pytest.MarkDecorator | None = None
+    copied: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -118,10 +119,10 @@ class HostCase:
         """A patched model of its own; a copy where it can be, since patching runs a model for a trial."""
         if settings or not isinstance(keep_ratio, float):
             return self.patch(self.build(seed).to(dtype), keep_ratio, **settings)
-        key = (self.name, keep_ratio, seed, dtype)
-        if key not in _PATCHED:
-            _PATCHED[key] = self.patch(self.build(seed).to(dtype), keep_ratio)
-        return copy.deepcopy(_PATCHED[key])
+        key = (keep_ratio, seed, dtype)
+        if key not in self.copied:
+            self.copied[key] = self.patch(self.build(seed).to(dtype), keep_ratio)
+        return copy.deepcopy(self.copied[key])
 
     def selection(self, batch: int = 2, seed: int = 3) -> et.TokenSelection:
         """Random tokens of every clip, made without the library's own selecting."""

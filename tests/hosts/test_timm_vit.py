@@ -220,10 +220,12 @@ class TestKernel:
         model = patched_copy(plain, tubelet_size=3)  # a third three times isn't the whole, in floating point
         model(build_clips(plain))
         model = (copy.deepcopy(model) if duplicate else model).to(dtype)  # another type is no training
+        model.patch_embed.requires_grad_(False)
         with caplog.at_level(logging.INFO):
             et.unpatch_videomae(model)
         assert not caplog.records
         assert torch.equal(model.patch_embed.proj.weight, plain.to(dtype).patch_embed.proj.weight)
+        assert [p.requires_grad for p in model.patch_embed.parameters()] == [False, False]  # frozen meanwhile
 
     def test_after_training_it_is_summed_over_time_with_a_log_line(self, caplog):
         model = patched_copy(build(VIT))
