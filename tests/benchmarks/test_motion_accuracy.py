@@ -247,12 +247,24 @@ def toy(seed=0):
     return motion_accuracy.initialised(VideoMAEForVideoClassification(config)), settings
 
 
-def test_fit_learns_a_toy():
+def test_fit_learns_a_toy_at_a_rate_that_warms_up_and_decays(monkeypatch):
+    rates = []
+
+    class Recorder(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            rates.append(self.param_groups[0]["lr"])
+            assert self.param_groups[0]["weight_decay"] == 0.05
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     model, settings = toy()
     assert accuracy(model, Shades()) < 0.5
     batches, looks = Shades(), []
     assert fit(model, batches, 200, 40, 0, settings, looks.append) < 0.3 < math.log(8)
     assert looks == [40, 80, 120, 160, 200]
+    assert max(rates) == pytest.approx(settings.learning_rate)
+    assert 10 <= rates.index(max(rates)) <= 24  # a tenth of the steps
+    assert max(rates[0], rates[-1]) < settings.learning_rate / 10
     assert len(batches.asked) == 200 * 16
     assert set(batches.asked) == set(range(40))  # the first clips, all of them
     assert set(batches.turns) == set(range(8))
