@@ -110,7 +110,7 @@ class TransformersHost(Host):
         return [module for module in dict.fromkeys((self.backbone(root), root)) if module not in wrapped]
 
     def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _called_with(module, args, kwargs) if self.refused else {}
+        given = kwargs if len(args) < 2 else _called_with(module, args, kwargs)
         for name in self.refused:
             if given.get(name) is not None:
                 raise ValueError(f"{name} chooses among all tokens of a clip, a patched model runs its own selection")

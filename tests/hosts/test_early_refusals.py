@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from host_case import HostCase
-from host_contract import build_encoder, hosts
+from host_contract import VJEPA2Model, build_encoder, hosts
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +79,7 @@ class TestNothingRuns:
         else:
             assert case.run(model, clips).shape[0] == 0
 
+    @pytest.mark.skipif(VJEPA2Model is object, reason="transformers has V-JEPA 2 from 4.53 on")
     @pytest.mark.parametrize("asked", [{}, {"skip_predictor": False}], ids=["default", "asked"])
     def test_before_vjepa2s_predictor_is_refused(self, asked):
         model = et.patch_videomae(build_encoder("VJEPA2Model"))
