@@ -183,14 +183,13 @@ def attempt(action: Callable[[], Any], variants: list[Variant], shared: Shared |
         variant.fail()
     if shared is not None:
         shared.forget()
-    free(device)
+    free()
     return None
 
 
-def free(device: torch.device) -> None:
+def free() -> None:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing where there is none
 
 
 def under_ddp(case: Case) -> bool:
@@ -249,7 +248,7 @@ def run_case(
 ) -> list[dict[str, Any]]:
     """The rows of all methods of a case, the baseline first."""
     torch.compiler.reset()  # what an earlier case compiled must not make this one's shapes dynamic
-    free(device)  # what an earlier case left in reference cycles
+    free()  # what an earlier case left in reference cycles
     shared = attempt(partial(Shared, case, device), variants, None, device)
     for variant in variants:
         if shared is not None:
