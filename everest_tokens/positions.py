@@ -6,7 +6,7 @@ import math
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from everest_tokens.tubelets import Grid
 
@@ -30,12 +30,6 @@ class ConstantTable:
         if not torch.compiler.is_compiling():  # a graph must not keep what it computes
             self._copies[device] = copy
         return copy
-
-    def follow(self, module: nn.Module) -> None:
-        """Copy the constant to where a module's parameters are, if it has any of its own (FSDP may have taken them)."""
-        for parameter in module.parameters():
-            self.to(parameter.device)
-            return
 
 
 def sinusoid_table(tokens: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from family_models import FineTuningModel, PreTrainingModel, randomize
 from host_case import HostCase, mask_of
+from mmaction_model import MMActionViT
 from tiny_videomae import build_model
 from torch import Tensor
 from transformers import VideoMAEModel
@@ -230,6 +231,24 @@ def fine_tuning(
         settings={"fused_attention": True} if fused else {},
         checkpointing=None if family == "mme" else partial(_set_flag, family),
         variant=variant,
+    )
+
+
+def mmaction(name: str = "mmaction", **options: Any) -> HostCase:
+    def run(plain: Any, clips: Tensor, selection: et.TokenSelection) -> Tensor:
+        tokens = plain.patch_embed(clips)[0] + plain.pos_embed
+        chosen = torch.stack([clip[row] for clip, row in zip(tokens, selection.visible, strict=True)])
+        return plain.after_embedding(chosen, clips.shape[0])
+
+    return HostCase(
+        name,
+        lambda seed: randomize(MMActionViT(**options), seed),
+        **_geometry(),
+        projection="patch_embed.projection",
+        blocks="blocks",
+        adapted=("blocks.0.mlp.0", "blocks.1.attn.proj"),
+        reference=run,
+        variant=True,
     )
 
 
