@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -142,10 +143,14 @@ def benchmark(model: str, keep_ratios: list[float] | None, batch_size: int, repe
     what, where = "training steps" if training else "forwards", loaded.device
     print(f"{what} of {batch_size} clip(s) on {where}, medians of {repeats} in turn")
     print(f"{'':<22}{'clips a second':>15}{'time':>8}{'peak memory':>14}{'ratio':>8}")
-    for cost in costs:
-        name = "all tokens, unpatched" if cost.keep_ratio is None else f"keep ratio {cost.keep_ratio}"
-        memory = f"{cost.peak / 2**20:>10.0f} MiB{cost.peak / costs[0].peak:>8.2f}"
-        print(f"{name:<22}{cost.clips_per_second:>15.2f}{cost.time_ratio:>8.2f}{memory}")
+    all_seconds, all_memory = costs[None]
+    for ratio, (seconds, memory) in costs.items():
+        name = "all tokens, unpatched" if ratio is None else f"keep ratio {ratio}"
+        time = median(mine / its for mine, its in zip(seconds, all_seconds, strict=True))
+        print(
+            f"{name:<22}{batch_size / median(seconds):>15.2f}{time:>8.2f}"
+            f"{memory / 2**20:>10.0f} MiB{memory / all_memory:>8.2f}"
+        )
 
 
 def _on_device(model: Any) -> Any:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -17,23 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from everest_tokens.patching import host_of, patch_videomae, unpatch_videomae
 from everest_tokens.selectors import ReRoSelector
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One way to run a model.
-
-    Attributes:
-        keep_ratio: None for the unpatched model.
-        clips_per_second: of forwards, or of training steps (forward, backward, AdamW); the median.
-        peak: bytes that a run allocates at its highest moment, beside what was there before (weights, clips).
-        time_ratio: of its time to the unpatched model's, the median over runs that followed one another.
-    """
-
-    keep_ratio: float | None
-    clips_per_second: float
-    peak: int
-    time_ratio: float
+from everest_tokens.video import integer
 
 
 def compare(
@@ -44,39 +26,38 @@ def compare(
     repeats: int = 5,
     training: bool = False,
     progress: Callable[[], object] = lambda: None,
-) -> list[Cost]:
+) -> dict[float | None, tuple[list[float], int]]:
     """Run random clips through a model with all tokens and with each keep ratio, in turn.
 
     Args:
         model: patched, a classifier or encoder of transformers. Its weights are shared by all ways to run it.
         keep_ratios: of `ReRoSelector`.
         repeats: timed runs of each, after two that warm up.
+        training: steps (forward, backward, AdamW at rate 0) instead of forwards.
         progress: called 2 + repeats times for each way.
 
     Returns:
-        The unpatched model's cost, then one for each keep ratio.
+        keep ratio, None for the unpatched model → seconds of each run, the i-th of all ways following one another, and
+        the bytes that a run allocates at its highest moment beside what was there before.
 
     Raises:
         ValueError: batch_size or repeats below 1, a keep ratio outside (0, 1], or a pre-training model.
     """
-    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    integer("batch_size", batch_size, least=1)
+    integer("repeats", repeats, least=1)
     if model.everest.task == "pretraining":
         raise ValueError("expected a classifier or an encoder: benchmarks/step_cost.py measures pre-training")
-    selectors = {ratio: ReRoSelector(ratio) for ratio in keep_ratios}
-    device = next(model.parameters()).device
-    runs: dict[float | None, Callable[[], None]] = {}
-    for ratio in (None, *selectors):
+    ways: dict[float | None, ReRoSelector | None] = {
+        None: None,
+        **{ratio: ReRoSelector(ratio) for ratio in keep_ratios},
+    }
+    device, runs = next(model.parameters()).device, {}
+    for ratio, selector in ways.items():
         other = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).train(training)
-        if ratio is None:
-            unpatch_videomae(other)
-        else:
-            patch_videomae(other, selectors[ratio])
+        other = unpatch_videomae(other) if selector is None else patch_videomae(other, selector)
         clips = torch.randn(batch_size, *host_of(other).example(other)[0][1:], device=device)
-        runs[ratio] = _run(other, clips, training)
-    peaks: dict[float | None, int] = {}
-    seconds: dict[float | None, list[float]] = {ratio: [] for ratio in runs}
+        runs[ratio] = _step(other, clips) if training else torch.inference_mode()(lambda m=other, x=clips: m(x))
+    peaks, seconds = {}, {ratio: list[float]() for ratio in runs}
     for turn in range(2 + repeats):
         for ratio, run in runs.items():
             if turn == 1:
@@ -84,20 +65,10 @@ def compare(
             else:
                 seconds[ratio].append(_seconds(run, device))
             progress()
-    return [
-        Cost(
-            ratio,
-            batch_size / statistics.median(taken[1:]),
-            peaks[ratio],
-            statistics.median(one / all_ for one, all_ in zip(taken[1:], seconds[None][1:], strict=True)),
-        )
-        for ratio, taken in seconds.items()
-    ]
+    return {ratio: (seconds[ratio][1:], peaks[ratio]) for ratio in runs}
 
 
-def _run(model: Any, clips: torch.Tensor, training: bool) -> Callable[[], None]:
-    if not training:
-        return torch.inference_mode()(lambda: model(clips) and None)
+def _step(model: Any, clips: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step() -> None:
@@ -108,7 +79,7 @@ def _run(model: Any, clips: torch.Tensor, training: bool) -> Callable[[], None]:
     return step
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of one run, from an idle device to an idle device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
@@ -118,8 +89,8 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _peak(run: Callable[[], None], device: torch.device) -> int:
-    """Bytes that one run allocates at its highest moment; on the CPU what torch's profiler sees of its allocator."""
+def _peak(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes at the highest moment of a run; on the CPU what torch's profiler sees of its allocator."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
