@@ -119,6 +119,8 @@ def parse(kind: type[FreshOr], arguments: list[str], defaults: dict[str, Any]) -
     values, line, file = read_section(parser, kind.section, arguments)
     recipe = kind(**{item.name: values[item.name] for item in fields(kind)})
     _check(recipe)
+    for name in sorted(line & {"patch_size", "decoder_depth"}) if values["model"] else ():
+        raise ValueError(f"{name} is of a model that is built anew, {values['model']} has its own")
     training = TrainingArguments(**settle(values, line, file))
     training.per_device_train_batch_size = _videos_at_once(recipe, training)
     return recipe, training

@@ -56,7 +56,7 @@ def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     except RuntimeError as error:
         if not worker_died(error):
             raise
-        failed = worker_killed(error, "Nothing is written: run it again")
+        failed = worker_killed(error, "Run it again as it is")
         status, message = failed.status, str(failed)
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -94,14 +94,16 @@ def train(trainer: VideoTrainer, videos: int) -> None:
             given = training.resume_from_checkpoint
             if given and not Path(given).is_dir():
                 raise ValueError(f"resume_from_checkpoint: {given} is no folder")
-            checkpoint = given or checkpoint_to_resume(folder)
+            checkpoint = checkpoint_to_resume(folder)
+            if given and (checkpoint is None or Path(given).resolve().parent == folder.resolve()):
+                checkpoint = given  # else the run that began from it has come further
             check_goes_on(checkpoint, training.output_dir, trainer.recorded)
             if training.process_index == 0:
                 write(folder, trainer.recorded)
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
         if trainer.eval_dataset is not None:
             trainer.log_metrics("eval", trainer.evaluate())
-        trainer.save_model()
         trainer.check_bad_videos(videos)
 
 

@@ -249,6 +249,18 @@ class TestSigterm:
             assert not (tmp_path / "model.safetensors").exists()  # which would look like the end of the run
         assert_the_same_run(tmp_path, uninterrupted)
 
+    def test_a_run_that_began_from_anothers_checkpoint_goes_on_from_its_own(
+        self, videos, uninterrupted, tmp_path, monkeypatch, caplog
+    ):
+        arguments = eight_steps(videos, tmp_path, "--resume_from_checkpoint", uninterrupted / "checkpoint-6")
+        in_the_step(monkeypatch, 7, terminate)
+        assert pretrain.main(arguments) == 143
+        monkeypatch.undo()
+        caplog.clear()
+        assert pretrain.main(arguments) == 0
+        assert f"going on from {tmp_path}/checkpoint-7; another --output_dir starts a new run" in caplog.messages
+        assert_the_same_run(tmp_path, uninterrupted)
+
     @pytest.mark.parametrize(
         ("step", "settings"),
         [(3, {"save_strategy": "no"}), (4, {"save_strategy": "epoch"}),
