@@ -253,7 +253,8 @@ def load_trained(kind: Any, model: str, new: tuple[str, ...] = (), **settings: A
     """
     with loading(model):
         loaded, found = kind.from_pretrained(model, output_loading_info=True, **settings)
-    names = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    others = found["mismatched_keys"]  # (name, shape, shape), or names in older versions
+    names = [*found["missing_keys"], *(other if isinstance(other, str) else other[0] for other in others)]
     if random := sorted(name for name in names if not name.startswith(new)):
         some = ", ".join(random[:3]) + (", …" if len(random) > 3 else "")
         raise ValueError(f"model: {model} lacks weights of a {kind.__name__}, which would be random: {some}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from checkpoints import checkpoint_to_resume
-from guards import RunEnded, alone_in, worker_died, worker_killed
+from guards import MachineFailed, RunEnded, alone_in, peer_lost, worker_died, worker_killed
 from recorded import check_goes_on, write
 from trainer import VideoTrainer
 from video_list import Entry
@@ -50,13 +51,14 @@ def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     except RunEnded as error:
         status, message = error.status, str(error)
     except (ValueError, OSError, ImportError) as error:
-        status, message = 2, str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        status, message = MachineFailed.status if full else 2, str(error)
         if "\nOriginal Traceback " in message:  # of a loader's worker, as text
             message = message.rpartition(f"\n{type(error).__name__}: ")[2].strip()
     except RuntimeError as error:
-        if not worker_died(error):
+        failed = worker_killed(error, "Run it again as it is") if worker_died(error) else peer_lost(error)
+        if failed is None:
             raise
-        failed = worker_killed(error, "Run it again as it is")
         status, message = failed.status, str(failed)
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
