@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-from made_videos import write_frames as write_video
+from pathlib import Path
 
-__all__ = ["DIRECTIONS", "moving_shape", "write_video"]
+import numpy as np
+from made_videos import write_frames
 
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
@@ -27,3 +27,14 @@ def moving_shape(direction: str, seed: int, frames: int = 12, size: tuple[int, i
         frame[np.ix_(rows, columns)] = shape
         clip.append(frame)
     return np.stack(clip).astype(np.uint8)
+
+
+def write_motion_set(root: Path, videos: int, seed: int = 0) -> list[tuple[Path, int]]:
+    """`videos` files in folders named by direction: (path, label), the labels in turn."""
+    written = []
+    for number in range(videos):
+        label = number % len(DIRECTIONS)
+        direction = list(DIRECTIONS)[label]
+        path = root / direction / f"v_{direction}_g{number:03d}.mp4"
+        written.append((write_frames(path, moving_shape(direction, seed + number)), label))
+    return written

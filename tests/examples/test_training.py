@@ -20,7 +20,8 @@ import torch
 from augmentation import BatchAugmentation
 from checkpoints import complete_checkpoints
 from family_models import FineTuningModel, randomize
-from motion_videos import DIRECTIONS, moving_shape, write_video
+from made_videos import write_frames
+from motion_videos import DIRECTIONS, moving_shape
 from torch import Tensor
 from trainer import VideoTrainer
 from training_runs import ON_CPU, QUIET, TINY, assert_same, forked, last_state, losses, torchrun, weights
@@ -48,7 +49,7 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(count):
             label = number % 4
             video = f"{names[label]}/v_{names[label]}_{part}{number:02}.avi"
-            write_video(root / video, moving_shape(names[label], 1000 * (part == "test") + number), codec="mpeg4")
+            write_frames(root / video, moving_shape(names[label], 1000 * (part == "test") + number), codec="mpeg4")
             lists[part].append(f"{video} {label + 1}" if part == "train" else video)
     folder = root / "ucfTrainTestlist"
     folder.mkdir()
