@@ -160,21 +160,16 @@ def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
     raise ValueError(f"{path}: damaged or cut off, not all frames of the clip could be decoded")
 
 
-def check_file(path: str) -> None:
-    """Raise ValueError for a path at which there is no file or nothing in it."""
+def open_video(path: str) -> tuple[Any, Any]:
+    """Open a file with PyAV: (container, video stream), the stream being the one that FFmpeg deems best."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: {'a directory, expected a video file' if os.path.isdir(path) else 'no such file'}")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
-
-
-def open_video(path: str) -> tuple[Any, Any]:
-    """Open a file with PyAV: (container, video stream), the stream being the one that FFmpeg deems best."""
-    check_file(path)
     try:
         import av
     except ImportError as error:
-        raise ImportError(f"reading this video needs PyAV: {EXTRA}") from error
+        raise ImportError(f"reading a video needs PyAV: {EXTRA}") from error
     try:
         # An absolute path is no URL, whatever the name begins with, and a playlist leads to no other protocol.
         options = {"protocol_whitelist": "file"}

@@ -1,15 +1,12 @@
 """Frames of video files by number: what feeds the data sets of clips.py, made for speed and for files that are damaged.
 
 Frames are numbered in the order in which they are shown, as decoding the file from its start gives them. PyAV reads
-whatever FFmpeg reads and numbers the frames; torchcodec, where it is installed and finds the system's FFmpeg libraries,
-decodes the common kinds of files faster to the same frames. Neither is imported before a file is opened. Files are
-local: a path, no URL.
+whatever FFmpeg reads; torchcodec, where it is asked for, decodes the common kinds of files to the same frames
+(by_torchcodec.py). Neither is imported before a file is opened. Files are local: a path, no URL.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 import os
 import warnings
@@ -17,13 +14,14 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
+import by_torchcodec
 import torch
+from by_torchcodec import reduced_size
 from torch import Tensor
 
-from everest_tokens.video import ToRGB, check_file, integer, number_frames, open_video, read_errors
+from everest_tokens.video import ToRGB, integer, number_frames, open_video, read_errors
 
 BACKENDS = ("pyav", "torchcodec")
 
@@ -66,8 +64,7 @@ def read_frames(
     left out where the decoder can; only wanted frames become RGB. Where time stamps don't number a file's frames (AVI,
     raw streams), it is decoded from the start and counted. Rotation metadata are honoured in steps of 90 degrees.
     FFmpeg decodes with `torch.get_num_threads()` threads, which is 1 in the workers of a DataLoader. At full size the
-    backends agree to the bit: what torchcodec would convert to other colours (more than 8 bits, interlaced, odd sides)
-    or seek wrongly goes to PyAV.
+    backends agree to the bit: torchcodec refuses what it would seek wrongly or convert to other colours.
 
     Args:
         path: a local video file.
@@ -79,7 +76,7 @@ def read_frames(
             `from`, and the last one begins before `to`, whatever the rate does in between. Only that part of the file
             is read, where its format allows.
         max_lost: the share, 0 to 1, of the frames asked for that may fail to decode.
-        backend: "pyav", "torchcodec" or None: torchcodec where it works and can be trusted with the file, else PyAV.
+        backend: "pyav" (also None), which is the faster one at reduced size, or "torchcodec".
 
     Returns:
         uint8 (T, 3, H, W), RGB, in the order of `indices`; the channels lie next to each other in memory (not
@@ -93,9 +90,9 @@ def read_frames(
         ValueError: indices are empty, negative or not integers; another argument is out of its range; the path is
             missing, a directory, empty (0 bytes), without video (audio only) or undecodable; `part` has no frames; more
             than `max_lost` don't decode; or torchcodec was asked for and cannot be trusted with this file (a container
-            other than MP4, QuickTime and Matroska, time stamps that don't number the frames, colours as above, damage)
-            or with a part of a file.
-        ImportError: no backend, or not the one asked for, is installed.
+            other than MP4, QuickTime and Matroska, time stamps that don't number the frames, more than 8 bits, fields,
+            odd sides, damage) or with a part of a file.
+        ImportError: PyAV, or torchcodec where it is asked for, is not installed.
     """
     if short_side is not None:
         short_side = integer("short_side", short_side, least=1)
@@ -133,107 +130,9 @@ def _with_reader(
     """use(reader of the file, or of a part of it), with the backend that `read_frames` documents."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    name = os.fsdecode(path)
-    check_file(name)
-    if backend == "torchcodec" and _torchcodec_decoder() is None:
+    if backend == "torchcodec" and by_torchcodec.torchcodec_decoder() is None:
         raise ImportError("torchcodec is not installed, or doesn't find FFmpeg's shared libraries on this system")
-    return use(_Reader(name, part, backend))
-
-
-# --- torchcodec ---
-
-
-class _NotForTorchCodec(Exception):
-    """torchcodec fails on this file, or may give other frames than PyAV."""
-
-
-@lru_cache(maxsize=1)  # a failing import is not remembered by Python, and looking for FFmpeg takes a while
-def _torchcodec_decoder() -> Any:
-    """torchcodec's VideoDecoder class, None where it isn't installed, too old or doesn't find FFmpeg."""
-    try:
-        import torchcodec
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError):
-        return None
-    # Recent versions import without FFmpeg, say so here, and raise only when a file is opened.
-    found = getattr(torchcodec, "ffmpeg_major_version", 0) is not None
-    return VideoDecoder if found and "custom_frame_mappings" in inspect.signature(VideoDecoder).parameters else None
-
-
-def _by_torchcodec(reader: _Reader, wanted: list[int], short_side: int | None) -> Tensor:
-    """The frames of ascending numbers (N, 3, H, W), at the places and from the key frames that the reader found."""
-    if reader.part is not None:
-        raise _NotForTorchCodec("it reads all of a long file to number the frames of a part")
-    if not {"mp4", "matroska"} & {*reader.format.split(",")}:
-        raise _NotForTorchCodec("it is reliable in MP4, QuickTime and Matroska files alone")
-    if reader.numbers is None:
-        raise _NotForTorchCodec("its time stamps don't number its frames")
-    if not reader.plain_colours:
-        raise _NotForTorchCodec("it converts video of more than 8 bits, odd sides or fields to other colours")
-    shown = sorted((packet for packet in reader.packets if packet.pts in reader.numbers), key=lambda packet: packet.pts)
-    frames = [{"pts": each.pts, "duration": each.duration, "key_frame": int(each.random_access)} for each in shown]
-    try:
-        decoder = _torchcodec_decoder()(
-            os.path.abspath(reader.path),
-            stream_index=reader.stream_index,
-            num_ffmpeg_threads=torch.get_num_threads(),
-            custom_frame_mappings=json.dumps({"frames": frames}),
-        )
-        batch = decoder.get_frames_at(wanted)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise _NotForTorchCodec(str(error)) from error
-    expected = torch.tensor([float(reader.times[number] * reader.clock) for number in wanted], dtype=torch.float64)
-    if ((batch.pts_seconds - expected).abs() > float(reader.clock) / 2).any():
-        raise _NotForTorchCodec("it gave frames of other times")
-    height, width = batch.data.shape[-2:]
-    if sorted((height, width)) != sorted(reader.size):
-        raise _NotForTorchCodec("the video changes its size")
-    reduced = _reduced(height, width, short_side)
-    if reduced == (height, width):
-        return batch.data
-    from torchvision.transforms.v2 import functional
-
-    return functional.resize(batch.data, [*reduced], antialias=True)
-
-
-def _random_access(packet: Any, codec: str, configuration: bytes | None) -> bool:
-    """Whether decoding may begin at a key packet: H.264 and HEVC mark those too where a gradual refresh only begins."""
-    if codec not in ("h264", "hevc"):
-        return True
-    h264, data = codec == "h264", bytes(packet)
-    if configuration and configuration[0] == 1:  # of MP4 and Matroska: a unit's size is in front of it
-        units, place, bytes_of_size = [], 0, 1 + (configuration[4 if h264 else 21] & 3)
-        while place + bytes_of_size < len(data):
-            size = int.from_bytes(data[place : place + bytes_of_size], "big")
-            units.append(data[place + bytes_of_size : place + bytes_of_size + size])
-            place += bytes_of_size + size
-    else:
-        units = [unit for unit in data.split(b"\0\0\1")[1:] if unit]
-    if not h264:
-        return any(16 <= unit[0] >> 1 & 63 <= 23 for unit in units if unit)  # IRAP pictures
-    kinds = {unit[0] & 31: unit for unit in reversed(units) if unit}
-    return 5 in kinds or (6 in kinds and any(_recovers_at_once(unit) for unit in units if unit and unit[0] & 31 == 6))
-
-
-def _recovers_at_once(unit: bytes) -> bool:
-    """Whether a unit of H.264's supplemental information says that pictures are right from here on."""
-    place = 1
-    while place + 2 < len(unit):
-        kind_and_size = []
-        for _ in range(2):  # each a sum of bytes up to the first that isn't 255
-            total = 0
-            while place < len(unit) and unit[place] == 255:
-                total, place = total + 255, place + 1
-            kind_and_size.append(total + unit[place] if place < len(unit) else total)
-            place += 1
-        kind, size = kind_and_size
-        if kind == 6 and place < len(unit):
-            return bool(unit[place] & 128)  # recovery_frame_cnt, in an Exp-Golomb code, is 0
-        place += size
-    return False
-
-
-# --- PyAV ---
+    return use(_Reader(os.fsdecode(path), part, backend))
 
 
 class _Packet(NamedTuple):
@@ -266,11 +165,8 @@ class _Reader:
         container, stream = open_video(self.path)
         context, self.format = stream.codec_context, container.format.name
         codec, configuration = context.codec.canonical_name, context.extradata
-        self.size, self.plain_colours, self.stream_index = (
-            (context.height, context.width),
-            _plain(context),
-            stream.index,
-        )
+        self.size, self.stream_index = (context.height, context.width), stream.index
+        self.plain_colours = by_torchcodec.has_plain_colours(context)
         # Reading errors come up again in `_frames`, if it gets as far as that.
         with container, suppress(*read_errors()):
             promised = stream.frames
@@ -284,9 +180,10 @@ class _Reader:
             beyond = 0
             for packet in container.demux(stream):
                 if packet.size:
-                    usable = packet.is_keyframe and _random_access(packet, codec, configuration)
-                    state = (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard, usable)
-                    self.packets.append(_Packet(*state))
+                    state = (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+                    asked = self.backend == "torchcodec" and packet.is_keyframe
+                    usable = asked and by_torchcodec.random_access(packet, codec, configuration)
+                    self.packets.append(_Packet(*state, usable))
                     beyond += around is not None and packet.pts is not None and packet.pts >= to_time
                 if beyond > _MAX_REORDER:
                     break
@@ -328,17 +225,9 @@ class _Reader:
     def read(self, numbers: list[int], short_side: int | None = None, max_lost: float = 1.0) -> Tensor:
         clamped = [self.first + min(number, self.length - 1) for number in numbers]
         wanted = sorted(set(clamped))
-        if self.backend != "pyav" and _torchcodec_decoder() is not None:
-            try:
-                if max(numbers) >= self.length and self.promised > self.length:
-                    raise _NotForTorchCodec("the file seems to be cut off")
-                return _in_order(_by_torchcodec(self, wanted, short_side), wanted, clamped)
-            except _NotForTorchCodec as error:
-                # PyAV goes on after a broken packet, and can say what is wrong with the file.
-                if self.backend == "torchcodec":
-                    raise ValueError(
-                        f"{self.path}: not for torchcodec ({error}); backend='pyav' may read it"
-                    ) from error
+        if self.backend == "torchcodec":
+            cut_off = max(numbers) >= self.length and self.promised > self.length
+            return _in_order(by_torchcodec.frames_by_torchcodec(self, wanted, short_side, cut_off), wanted, clamped)
         found, missing, errors = self._decode(wanted, self._plan(wanted), torch.get_num_threads(), short_side)
         if missing or errors:
             # Several threads lose good frames around a broken packet, and the seek may be to blame.
@@ -479,23 +368,7 @@ class _ToReducedRGB(ToRGB):
         self.short_side = short_side
 
     def choose_size(self, height: int, width: int) -> tuple[int, int]:
-        return _reduced(height, width, self.short_side)
-
-
-def _plain(context: Any) -> bool:
-    """Whether every converter gives the same colours: 8 bits, no fields, even sides where colours have half of them."""
-    components = context.format.components if context.format else ()
-    halved = any((part.width, part.height) != (context.width, context.height) for part in components)
-    odd = halved and (context.width % 2 or context.height % 2)
-    return all(part.bits <= 8 for part in components) and not odd and getattr(context, "field_order", 0) <= 1
-
-
-def _reduced(height: int, width: int, short_side: int | None) -> tuple[int, int]:
-    """The size (height, width) with this short side and the same aspect ratio; never a larger one."""
-    short = min(height, width)
-    if short_side is None or short_side >= short:
-        return height, width
-    return round(height * short_side / short), round(width * short_side / short)
+        return reduced_size(height, width, self.short_side)
 
 
 def _in_order(frames: Tensor, wanted: list[int], numbers: list[int]) -> Tensor:
