@@ -132,10 +132,10 @@ def _geometry(processor: Any) -> tuple[tuple[int, int], int | None]:
 def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
     """Decode the frames that `choose` picks out of the file's number of frames: uint8 (T, 3, H, W), RGB."""
     container, stream = open_video(path)
-    shown: list[Any] = []
+    packets: list[tuple[Any, bool]] = []
     with container, suppress(*read_errors()):  # which come up again if decoding gets as far as that
-        shown.extend(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    length, times, numbers = number_frames(path, container, stream, shown)
+        packets.extend((packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size)
+    length, times, numbers = number_frames(path, container, stream, packets)
     wanted = choose(length)
     for seeks in (True, False) if numbers else (False,):
         found: dict[int, Tensor] = {}
@@ -146,8 +146,8 @@ def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
             if seeks:
                 container.seek(times[min(wanted)], stream=stream)
             # An empty packet in between would tell the decoder that nothing follows, as None does at the end.
-            packets = chain((packet for packet in container.demux(stream) if packet.size), [None])
-            for place, frame in enumerate(chain.from_iterable(map(stream.decode, packets))):
+            rest = chain((packet for packet in container.demux(stream) if packet.size), [None])
+            for place, frame in enumerate(chain.from_iterable(map(stream.decode, rest))):
                 number = numbers.get(frame.pts, -1) if numbers else place
                 if seeks and place == 0 and (number > min(wanted) or not frame.key_frame):
                     break  # the seek went too far: once more from the start
@@ -188,20 +188,21 @@ def open_video(path: str) -> tuple[Any, Any]:
 
 
 def number_frames(
-    path: str, container: Any, stream: Any, shown: list[Any], *, whole: bool = True
+    path: str, container: Any, stream: Any, packets: list[tuple[Any, bool]], *, whole: bool = True
 ) -> tuple[int, list[int], dict[int, int] | None]:
-    """Count frames by the time stamps of their packets, in the file's order, from its start if it's the `whole`.
+    """Count the frames of packets (time stamp, hidden by an edit list) in the file's order, from its start if `whole`.
 
     Returns their number, their time stamps in the order in which they are shown ([] where not known), and time stamp →
     number, None where all frames must be decoded and counted instead.
     """
+    shown = [pts for pts, hidden in packets if not hidden]
     if not shown:
         raise ValueError(f"{path}: undecodable, its video stream contains no frames")
     guessed = "avi" in container.format.name.split(",")  # by FFmpeg
     hides = stream.codec_context.codec.canonical_name in ("vp8", "vp9")
     # Cut at a key frame, a file has frames behind it that are shown before it but refer to what is gone.
     early = list(takewhile(lambda pts: pts is None or pts <= shown[0], shown[1:] if shown[0] is not None else []))
-    first = first_frame(path) if whole and early and not guessed else None
+    first = first_frame(path) if early and whole and not (packets[0][1] or guessed) else None
     if first is not None:
         decodable = [pts for pts in early if not first.key_frame and pts is not None and pts >= first.pts]
         shown = [shown[0], *decodable, *shown[1 + len(early) :]]

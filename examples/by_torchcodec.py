@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everest_tokens.video import first_frame
+
 
 @lru_cache(maxsize=1)  # a failing import is not remembered by Python, and looking for FFmpeg takes a while
 def torchcodec_decoder() -> Any:
@@ -83,12 +85,16 @@ def _decode(reader: Any, wanted: list[int], short_side: int | None, cut_off: boo
     return functional.resize(batch.data, [*reduced], antialias=True)
 
 
-def has_plain_colours(context: Any) -> bool:
+def has_plain_colours(path: str, context: Any) -> bool:
     """Whether every converter gives the same colours: 8 bits, no fields, even sides where colours have half of them."""
     components = context.format.components if context.format else ()
     halved = any((part.width, part.height) != (context.width, context.height) for part in components)
     odd = halved and (context.width % 2 or context.height % 2)
-    return all(part.bits <= 8 for part in components) and not odd and getattr(context, "field_order", 0) <= 1
+    if hasattr(context, "field_order"):
+        fields = context.field_order > 1
+    else:  # before PyAV 18
+        fields = getattr(first_frame(path), "interlaced_frame", False)
+    return all(part.bits <= 8 for part in components) and not odd and not fields
 
 
 def reduced_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:

@@ -166,7 +166,7 @@ class _Reader:
         context, self.format = stream.codec_context, container.format.name
         codec, configuration = context.codec.canonical_name, context.extradata
         self.size, self.stream_index = (context.height, context.width), stream.index
-        self.plain_colours = by_torchcodec.has_plain_colours(context)
+        self.plain_colours = self.backend == "torchcodec" and by_torchcodec.has_plain_colours(self.path, context)
         # Reading errors come up again in `_frames`, if it gets as far as that.
         with container, suppress(*read_errors()):
             promised = stream.frames
@@ -187,11 +187,11 @@ class _Reader:
                     beyond += around is not None and packet.pts is not None and packet.pts >= to_time
                 if beyond > _MAX_REORDER:
                     break
-        shown = [packet.pts for packet in self.packets if not packet.is_discard]
-        if not shown and around is not None:
+        packets = [(packet.pts, packet.is_discard) for packet in self.packets]
+        if around is not None and all(hidden for _, hidden in packets):
             return False
         whole = self.seek is None
-        self.length, self.times, self.numbers = number_frames(self.path, container, stream, shown, whole=whole)
+        self.length, self.times, self.numbers = number_frames(self.path, container, stream, packets, whole=whole)
         self.promised = max(self.length, promised - (len(self.packets) - self.length))
         self.positions = {packet.pts: position for position, packet in enumerate(self.packets)}
         self.keys = [
