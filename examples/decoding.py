@@ -232,6 +232,11 @@ class _Reader:
         if missing or errors:
             # Several threads lose good frames around a broken packet, and the seek may be to blame.
             found, missing, errors = self._decode(wanted, None, 1, short_side)
+        if missing and not errors and self.part is not None and self.seek is not None:
+            # No damage: a key frame from which pictures become right only gradually. So from the file's start.
+            self._number(None)
+            self._cut(self.part)
+            return self.read(numbers, short_side, max_lost)
         if not found:
             raise ValueError(f"{self.path}: undecodable, none of its frames could be decoded")
         asked = {number for number in numbers if number < self.promised}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import types
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
@@ -16,7 +17,7 @@ import by_torchcodec
 import pytest
 import torch
 from decoding import read_frames, video_length
-from made_by_ffmpeg import COLOURS, OTHERS, SEEKING, shown_by_ffmpeg
+from made_by_ffmpeg import COLOURS, H264, OTHERS, SEEKING, encode, shown_by_ffmpeg
 from made_videos import GROUP, LENGTH, full_decode, numbers_in, write_video
 
 from everest_tokens.video import load_clip
@@ -60,6 +61,21 @@ def test_every_frame_is_that_of_decoding_from_the_start(made, name):
         assert torch.equal(read_frames(path, [number], backend="pyav")[0], whole[number]), number
     for number in (0, 1, len(whole) // 2, len(whole) - 1):
         assert torch.equal(by_load_clip(path, number, tuple(whole.shape[-2:])), whole[number]), number
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize(
+    "kind", ["open-gop=1:keyint=12:min-keyint=12:bframes=3", "intra-refresh=1:keyint=100:bframes=0"]
+)
+def test_parts_of_a_long_video_are_those_of_decoding_from_the_start(tmp_path, kind, suffix):
+    # So wide that a refresh, a column of blocks a frame, takes four seconds.
+    path = encode(tmp_path / f"long.{suffix}", *H264, f"{kind}:scenecut=0", length=200, size=(1600, 64))
+    whole = full_decode(path)
+    for first in (30, 95, 110, 130, 160):
+        part = (first / 25, first / 25 + 0.2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(read_frames(path, range(5), part=part), whole[first : first + 5]), first
 
 
 @pytest.mark.usefixtures("real_torchcodec")
