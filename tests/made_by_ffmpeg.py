@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_videos import LENGTH, picture
+from made_videos import LENGTH, picture, turn
 
 H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-x264-params")
 HEVC = ("-c:v", "libx265", "-pix_fmt", "yuv420p", "-x265-params")
@@ -121,5 +121,6 @@ OTHERS: dict[str, Callable[[Path], Path]] = {
     "negative-times.mp4": lambda path: encode(
         path, *H264, "keyint=12", "-output_ts_offset", "-0.4", "-avoid_negative_ts", "disabled"
     ),
+    "turned.mp4": lambda path: turn(encode(path.with_name("upright.mp4"), *H264, "keyint=12"), path, 90),
     "index-in-front.mp4": lambda path: encode(path, *H264, "keyint=12", "-movflags", "faststart"),
 }
