@@ -120,23 +120,22 @@ def random_access(packet: Any, codec: str, configuration: bytes | None) -> bool:
         units = [unit for unit in data.split(b"\0\0\1")[1:] if unit]
     if not h264:
         return any(16 <= unit[0] >> 1 & 63 <= 23 for unit in units if unit)  # IRAP pictures
-    kinds = {unit[0] & 31: unit for unit in reversed(units) if unit}
-    return 5 in kinds or (6 in kinds and any(_recovers_at_once(unit) for unit in units if unit and unit[0] & 31 == 6))
+    # An instantaneous refresh, or a picture from which on all are right.
+    return any(unit[0] & 31 == 5 or (unit[0] & 31 == 6 and _recovers_at_once(unit)) for unit in units if unit)
 
 
 def _recovers_at_once(unit: bytes) -> bool:
     """Whether a unit of H.264's supplemental information says that pictures are right from here on."""
-    place = 1
-    while place + 2 < len(unit):
-        kind_and_size = []
-        for _ in range(2):  # each a sum of bytes up to the first that isn't 255
-            total = 0
-            while place < len(unit) and unit[place] == 255:
-                total, place = total + 255, place + 1
-            kind_and_size.append(total + unit[place] if place < len(unit) else total)
-            place += 1
-        kind, size = kind_and_size
-        if kind == 6 and place < len(unit):
-            return bool(unit[place] & 128)  # recovery_frame_cnt, in an Exp-Golomb code, is 0
-        place += size
+    numbers, place = [], 1
+    while place < len(unit):
+        total = 0
+        while place < len(unit) - 1 and unit[place] == 255:  # a number is a sum of bytes up to the first that isn't 255
+            total, place = total + 255, place + 1
+        numbers.append(total + unit[place])
+        place += 1
+        if len(numbers) == 2:  # a message's kind and size
+            kind, size = numbers
+            if kind == 6 and place < len(unit):
+                return bool(unit[place] & 128)  # recovery_frame_cnt, in an Exp-Golomb code, is 0
+            numbers, place = [], place + size
     return False
