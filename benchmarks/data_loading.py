@@ -51,7 +51,7 @@ def usual_clip(video: Path, sampling: Sampling, scales: tuple[float, ...], gener
     """float32 (T, 3, 224, 224), normalised: what a loader around decord makes of a video file."""
     import decord
 
-    reader = decord.VideoReader(str(video), num_threads=1, ctx=decord.cpu(0))
+    reader = decord.VideoReader(str(video.absolute()), num_threads=1, ctx=decord.cpu(0))
     frames = reader.get_batch(frame_numbers(len(reader), sampling, generator=generator)).asnumpy()  # (T, H, W, 3)
     height, width = frames.shape[1:3]
 

@@ -10,7 +10,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import chain, pairwise
+from itertools import chain, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -202,22 +202,22 @@ def _geometry(processor: Any) -> tuple[tuple[int, int], int | None]:
 def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
     """Decode the frames that `choose` picks out of the file's number of frames: uint8 (T, 3, H, W), RGB."""
     container, stream = open_video(path)
-    shown: list[Any] = []
+    packets: list[tuple[Any, bool]] = []
     with container, suppress(*read_errors()):  # which come up again if decoding gets as far as that
-        shown.extend(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    length, numbers = number_frames(path, shown, container.format.name)
+        packets.extend((packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size)
+    length, times, numbers = number_frames(path, container, stream, packets)
     wanted = choose(length)
-    to_rgb = ToRGB()
     for seeks in (True, False) if numbers else (False,):
         found: dict[int, Tensor] = {}
         container, stream = open_video(path)  # anew: seeking back doesn't work everywhere
+        to_rgb = ToRGB(path, stream)
         with container, suppress(*read_errors()):
             stream.thread_type, stream.codec_context.thread_count = "AUTO", torch.get_num_threads()
             if seeks:
-                container.seek(sorted(shown)[min(wanted)], stream=stream)
+                container.seek(times[min(wanted)], stream=stream)
             # An empty packet in between would tell the decoder that nothing follows, as None does at the end.
-            packets = chain((packet for packet in container.demux(stream) if packet.size), [None])
-            for place, frame in enumerate(chain.from_iterable(map(stream.decode, packets))):
+            rest = chain((packet for packet in container.demux(stream) if packet.size), [None])
+            for place, frame in enumerate(chain.from_iterable(map(stream.decode, rest))):
                 number = numbers.get(frame.pts, -1) if numbers else place
                 if seeks and place == 0 and (number > min(wanted) or not frame.key_frame):
                     break  # the seek went too far: once more from the start
@@ -230,23 +230,20 @@ def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
     raise ValueError(f"{path}: damaged or cut off, not all frames of the clip could be decoded")
 
 
-def check_file(path: str) -> None:
-    """Raise ValueError for a path at which there is no file or nothing in it."""
+def open_video(path: str) -> tuple[Any, Any]:
+    """Open a file with PyAV: (container, video stream), the stream being the one that FFmpeg deems best."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: {'a directory, expected a video file' if os.path.isdir(path) else 'no such file'}")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
-
-
-def open_video(path: str) -> tuple[Any, Any]:
-    """Open a file with PyAV: (container, video stream), the stream being the one that FFmpeg deems best."""
-    check_file(path)
     try:
         import av
     except ImportError as error:
-        raise ImportError(f"reading this video needs PyAV: {EXTRA}") from error
+        raise ImportError(f"reading a video needs PyAV: {EXTRA}") from error
     try:
-        container = av.open(path, metadata_errors="ignore")
+        # An absolute path is no URL, whatever the name begins with, and a playlist leads to no other protocol.
+        options = {"protocol_whitelist": "file"}
+        container = av.open(os.path.abspath(path), metadata_errors="ignore", options=options)
     except av.FFmpegError as error:
         raise ValueError(f"{path}: undecodable, FFmpeg can't open it ({error.strerror})") from error
     stream = container.streams.best("video")
@@ -260,37 +257,71 @@ def open_video(path: str) -> tuple[Any, Any]:
     raise ValueError(f"{path}: {problem}")
 
 
-def number_frames(path: str, shown: list[Any], container: str) -> tuple[int, dict[int, int] | None]:
-    """Count frames by the time stamps of their packets, in the file's order: (length, time stamp → number).
+def number_frames(
+    path: str, container: Any, stream: Any, packets: list[tuple[Any, bool]], *, whole: bool = True
+) -> tuple[int, list[int], dict[int, int] | None]:
+    """Count the frames of packets (time stamp, hidden by an edit list) in the file's order, from its start if `whole`.
 
-    None where time stamps don't number them, so that all must be decoded and counted.
+    Returns their number, their time stamps in the order in which they are shown ([] where not known), and time stamp →
+    number, None where all frames must be decoded and counted instead.
     """
+    shown = [pts for pts, hidden in packets if not hidden]
     if not shown:
         raise ValueError(f"{path}: undecodable, its video stream contains no frames")
-    # VP8 stores a hidden frame just before the one shown next, under its time stamp. It doesn't count, but numbers by
-    # time stamp are then as unreliable as where the clock jumps and where (AVI) FFmpeg guesses the time stamps.
-    length = 1 + sum(pts is None or pts != following for pts, following in pairwise(shown))
-    if None in shown or len(set(shown)) != len(shown) or "avi" in container.split(","):
-        return length, None
-    numbers = {pts: number for number, pts in enumerate(sorted(shown))}
+    guessed = "avi" in container.format.name.split(",")  # by FFmpeg
+    hides = stream.codec_context.codec.canonical_name in ("vp8", "vp9")
+    # Cut at a key frame, a file has frames behind it that are shown before it but refer to what is gone.
+    early = list(takewhile(lambda pts: pts is None or pts <= shown[0], shown[1:] if shown[0] is not None else []))
+    first = first_frame(path) if early and whole and not (packets[0][1] or guessed) else None
+    if first is not None:
+        decodable = [pts for pts in early if not first.key_frame and pts is not None and pts >= first.pts]
+        shown = [shown[0], *decodable, *shown[1 + len(early) :]]
+    length = len(shown)
+    if hides:  # a frame that isn't shown is stored before the one shown next, under its time stamp
+        length = 1 + sum(pts is None or pts != following for pts, following in pairwise(shown))
+    if guessed or None in shown:
+        return length, [], None
+    times = sorted(shown)
+    numbers = {pts: number for number, pts in enumerate(times)}
     # H.264 and HEVC reorder a frame by at most 16 places; one further off means that the clock jumped or began again.
-    return length, numbers if all(abs(numbers[pts] - place) <= 32 for place, pts in enumerate(shown)) else None
+    if any(abs(numbers[pts] - place) > 32 for place, pts in enumerate(shown)):
+        return length, [], None
+    if len(numbers) < len(shown):
+        return length, sorted(numbers) if hides else times, None
+    return length, times, numbers
+
+
+def first_frame(path: str) -> Any:
+    """Decode the first frame that a file shows; None where nothing decodes."""
+    container, stream = open_video(path)
+    with container, suppress(*read_errors()):
+        return next(container.decode(stream), None)
+    return None
 
 
 class ToRGB:
-    """Converts frames to uint8 (H, W, 3), turned upright and all of the first one's size.
+    """Converts frames to uint8 (H, W, 3), turned upright and all of the size of the file's first one.
 
     One reformatter for all: setting one up costs more than the conversion, and so do threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: str, stream: Any) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self.reformatter = VideoReformatter()
+        self.path, self.reformatter = path, VideoReformatter()
+        self.stated = (stream.codec_context.height, stream.codec_context.width)
         self.size: tuple[int, int] | None = None
 
+    def choose_size(self, height: int, width: int) -> tuple[int, int]:
+        """Give the size to convert to, before a turn, for a video of that size."""
+        return height, width
+
     def __call__(self, frame: Any) -> Tensor:
-        height, width = self.size = self.size or (frame.height, frame.width)
+        if self.size is None:
+            changes = (frame.height, frame.width) != self.stated
+            first = (first_frame(self.path) if changes else None) or frame
+            self.size = self.choose_size(first.height, first.width)
+        height, width = self.size
         to_rgb24: dict[str, Any] = {"width": width, "height": height, "format": "rgb24", "threads": 1}
         try:
             rgb = self.reformatter.reformat(frame, **to_rgb24)

@@ -1,8 +1,8 @@
 """Frames of video files by number: what feeds the data sets of clips.py, made for speed and for files that are damaged.
 
-Frames are numbered in the order in which they are shown. PyAV reads whatever FFmpeg reads; torchcodec, where it is
-installed and finds the system's FFmpeg libraries, reads the common containers faster and gives the same frames. Neither
-is imported before a file is opened. Files are local: a path, no URL.
+Frames are numbered in the order in which they are shown, as decoding the file from its start gives them. PyAV reads
+whatever FFmpeg reads; torchcodec, where it is asked for, decodes the common kinds of files to the same frames
+(by_torchcodec.py). Neither is imported before a file is opened. Files are local: a path, no URL.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import by_torchcodec
 import torch
+from by_torchcodec import reduced_size
 from torch import Tensor
 
-from everest_tokens.video import ToRGB, check_file, integer, number_frames, open_video, read_errors
+from everest_tokens.video import ToRGB, integer, number_frames, open_video, read_errors
 
 BACKENDS = ("pyav", "torchcodec")
 
@@ -63,7 +64,7 @@ def read_frames(
     left out where the decoder can; only wanted frames become RGB. Where time stamps don't number a file's frames (AVI,
     raw streams), it is decoded from the start and counted. Rotation metadata are honoured in steps of 90 degrees.
     FFmpeg decodes with `torch.get_num_threads()` threads, which is 1 in the workers of a DataLoader. At full size the
-    backends agree to the bit, but for the chroma of interlaced video.
+    backends agree to the bit: torchcodec refuses what it would seek wrongly or convert to other colours.
 
     Args:
         path: a local video file.
@@ -71,15 +72,16 @@ def read_frames(
             function from the number of frames to such numbers, which saves a call of `video_length`.
         short_side: resize frames whose short side is longer to this, keeping the aspect ratio (bilinear, antialiased);
             smaller frames stay as they are.
-        part: (from, to) in seconds from the start of the video: frames are numbered from the first one at or after
-            `from`, and the last one is before `to`. Only that part of the file is read, where its format allows.
+        part: (from, to) in seconds from the start of the video: frames are numbered from the one that is shown at
+            `from`, and the last one begins before `to`, whatever the rate does in between. Only that part of the file
+            is read, where its format allows.
         max_lost: the share, 0 to 1, of the frames asked for that may fail to decode.
-        backend: "pyav", "torchcodec" or None: torchcodec where it works and can be trusted with the file, else PyAV.
+        backend: "pyav" (also None), which is the faster one at reduced size, or "torchcodec".
 
     Returns:
         uint8 (T, 3, H, W), RGB, in the order of `indices`; the channels lie next to each other in memory (not
         contiguous), as decoders give them and torchvision resizes them fastest. If the video changes its size, all have
-        that of the first.
+        that of its first frame.
 
     Frames that a damaged or cut-off file promises but that don't decode are replaced by the last decodable one before
     them, with one warning. (Matroska and MPEG-TS promise no number of frames: cut off, they are just shorter.)
@@ -88,8 +90,9 @@ def read_frames(
         ValueError: indices are empty, negative or not integers; another argument is out of its range; the path is
             missing, a directory, empty (0 bytes), without video (audio only) or undecodable; `part` has no frames; more
             than `max_lost` don't decode; or torchcodec was asked for and cannot be trusted with this file (a container
-            other than MP4, QuickTime and Matroska, VP8 video, damage) or with a part of a file.
-        ImportError: no backend, or not the one asked for, is installed.
+            other than MP4, QuickTime and Matroska, time stamps that don't number the frames, more than 8 bits, fields,
+            odd sides, damage) or with a part of a file.
+        ImportError: PyAV, or torchcodec where it is asked for, is not installed.
     """
     if short_side is not None:
         short_side = integer("short_side", short_side, least=1)
@@ -121,97 +124,33 @@ def _numbers(indices: Any) -> list[int]:
 def _with_reader(
     path: str | os.PathLike[str],
     backend: str | None,
-    use: Callable[[_PyAVReader | _TorchCodecReader], T],
+    use: Callable[[_Reader], T],
     part: Part | None = None,
 ) -> T:
-    """use(reader of the file, or of a part of it), choosing the backend as `read_frames` documents."""
+    """use(reader of the file, or of a part of it), with the backend that `read_frames` documents."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    name = os.fsdecode(path)
-    check_file(name)
-    if backend != "pyav" and _torchcodec_decoder() is not None:
-        try:
-            return use(_TorchCodecReader(name, part))
-        except _NotForTorchCodec as error:
-            # PyAV goes on after a broken packet, and can say what is wrong with the file.
-            if backend == "torchcodec":
-                raise ValueError(f"{name}: not for torchcodec ({error}); backend='pyav' may read it") from error
-    elif backend == "torchcodec":
+    if backend == "torchcodec" and by_torchcodec.torchcodec_decoder() is None:
         raise ImportError("torchcodec is not installed, or doesn't find FFmpeg's shared libraries on this system")
-    return use(_PyAVReader(name, part))
+    return use(_Reader(os.fsdecode(path), part, backend))
 
 
-# --- torchcodec ---
+class _Packet(NamedTuple):
+    pts: Any
+    duration: int
+    is_keyframe: bool
+    is_discard: bool  # an edit list discards frames after their decoding
+    random_access: bool
 
 
-class _NotForTorchCodec(Exception):
-    """torchcodec fails on this file, or may number its frames wrongly."""
-
-
-@lru_cache(maxsize=1)  # a failing import is not remembered by Python, and looking for FFmpeg takes a while
-def _torchcodec_decoder() -> Any:
-    """torchcodec's VideoDecoder class, None where it isn't installed or doesn't find FFmpeg."""
-    try:
-        import torchcodec
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError):
-        return None
-    # Recent versions import without FFmpeg, say so here, and raise only when a file is opened.
-    return None if getattr(torchcodec, "ffmpeg_major_version", 0) is None else VideoDecoder
-
-
-class _TorchCodecReader:
-    def __init__(self, path: str, part: Part | None = None) -> None:
-        if part is not None:
-            raise _NotForTorchCodec("it reads all of a long file to number the frames of a part")
-        with open(path, "rb") as file:
-            head = file.read(8)
-        quicktime = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-        matroska = head[:4] == b"\x1a\x45\xdf\xa3"
-        # In MPEG-TS torchcodec 0.17 is off by a group of pictures without noticing, and loses the last frame of an AVI.
-        if not (quicktime or matroska):
-            raise _NotForTorchCodec("only its frame numbers in MP4, QuickTime and Matroska files are reliable")
-        try:
-            self.decoder = _torchcodec_decoder()(path, num_ffmpeg_threads=torch.get_num_threads())
-        except ValueError as error:  # its message asks to report a bug
-            raise _NotForTorchCodec("it finds no video stream: audio only?") from error
-        except RuntimeError as error:
-            raise _NotForTorchCodec(str(error)) from error
-        if self.decoder.metadata.codec == "vp8":
-            raise _NotForTorchCodec("it counts the hidden frames of VP8")
-        self.length = len(self.decoder)
-
-    def read(self, numbers: list[int], short_side: int | None = None, max_lost: float = 1.0) -> Tensor:
-        if max(numbers) >= self.length and (self.decoder.metadata.num_frames_from_header or 0) > self.length:
-            raise _NotForTorchCodec("the file seems to be cut off")
-        clamped = [min(number, self.length - 1) for number in numbers]
-        wanted = sorted(set(clamped))
-        try:
-            batch = self.decoder.get_frames_at(wanted)
-        except (RuntimeError, IndexError) as error:
-            raise _NotForTorchCodec(str(error)) from error
-        if (batch.pts_seconds.diff() <= 0).any():
-            raise _NotForTorchCodec("it gave one frame for several numbers")
-        frames = batch.data
-        height, width = _reduced(frames.shape[-2], frames.shape[-1], short_side)
-        if height != frames.shape[-2]:
-            from torchvision.transforms.v2 import functional
-
-            frames = functional.resize(frames, [height, width], antialias=True)
-        return _in_order(frames, wanted, clamped)
-
-
-# --- PyAV ---
-
-
-class _PyAVReader:
+class _Reader:
     """Frames by number, of a file or of its `part` (from, to) in seconds.
 
     Every pass opens the file anew: a millisecond, and it works where seeking back doesn't.
     """
 
-    def __init__(self, path: str, part: Part | None = None) -> None:
-        self.path = path
+    def __init__(self, path: str, part: Part | None = None, backend: str | None = None) -> None:
+        self.path, self.part, self.backend = path, part, backend
         self.first = 0  # the number of the part's first frame
         # Where a part's frames can't be numbered by what lies around it, all of the file is.
         if part is None or not self._number(part):
@@ -221,12 +160,16 @@ class _PyAVReader:
 
     def _number(self, around: Part | None) -> bool:
         """Number the frames of the file, or those around a part of it, by reading packets. False: not by the latter."""
-        packets: list[Any] = []
+        self.packets: list[_Packet] = []
         self.seek: int | None = None  # the time stamp to seek before anything is read
         container, stream = open_video(self.path)
+        context, self.format = stream.codec_context, container.format.name
+        codec, configuration = context.codec.canonical_name, context.extradata
+        self.size, self.stream_index = (context.height, context.width), stream.index
+        self.plain_colours = self.backend == "torchcodec" and by_torchcodec.has_plain_colours(self.path, context)
         # Reading errors come up again in `_frames`, if it gets as far as that.
         with container, suppress(*read_errors()):
-            promised, format = stream.frames, container.format.name
+            promised = stream.frames
             self.origin, self.clock, self.rate = stream.start_time or 0, stream.time_base, stream.average_rate
             if around is not None:
                 from_time, to_time = self._ticks(around)
@@ -237,18 +180,25 @@ class _PyAVReader:
             beyond = 0
             for packet in container.demux(stream):
                 if packet.size:
-                    packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
+                    state = (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+                    asked = self.backend == "torchcodec" and packet.is_keyframe
+                    usable = asked and by_torchcodec.random_access(packet, codec, configuration)
+                    self.packets.append(_Packet(*state, usable))
                     beyond += around is not None and packet.pts is not None and packet.pts >= to_time
                 if beyond > _MAX_REORDER:
                     break
-        shown = [pts for pts, _, discard in packets if not discard]  # an edit list discards frames after their decoding
-        if not shown and around is not None:
+        packets = [(packet.pts, packet.is_discard) for packet in self.packets]
+        if around is not None and all(hidden for _, hidden in packets):
             return False
-        self.length, self.numbers = number_frames(self.path, shown, format)
-        self.times = list(self.numbers or ())
-        self.promised = max(self.length, promised - (len(packets) - len(shown)))
-        self.positions = {pts: position for position, (pts, _, _) in enumerate(packets)}
-        self.keys = [(pts, position) for position, (pts, is_key, _) in enumerate(packets) if is_key and pts is not None]
+        whole = self.seek is None
+        self.length, self.times, self.numbers = number_frames(self.path, container, stream, packets, whole=whole)
+        self.promised = max(self.length, promised - (len(self.packets) - self.length))
+        self.positions = {packet.pts: position for position, packet in enumerate(self.packets)}
+        self.keys = [
+            (packet.pts, position)
+            for position, packet in enumerate(self.packets)
+            if packet.is_keyframe and packet.pts is not None
+        ]
         return around is None or (self.numbers is not None and any(pts <= from_time for pts, _ in self.keys))
 
     def _ticks(self, part: Part) -> tuple[int, int]:
@@ -256,11 +206,16 @@ class _PyAVReader:
         return self.origin + round(part[0] / self.clock), self.origin + round(part[1] / self.clock)
 
     def _cut(self, part: Part) -> None:
-        """Leave the frames of the part: from the first one at or after its beginning to the last before its end."""
-        if self.numbers is not None:
-            self.first, end = (bisect_left(self.times, time) for time in self._ticks(part))
+        """Leave the frames of the part: from the one that is shown at its beginning to the last that begins in it."""
+        if self.times:
+            from_time, to_time = self._ticks(part)
+            self.first, end = max(bisect_right(self.times, from_time) - 1, 0), bisect_left(self.times, to_time)
+            lasts = max(packet.duration for packet in self.packets if packet.pts == self.times[-1])
+            if from_time >= self.times[-1] + max(lasts, 1):
+                end = 0
         elif self.rate:
-            self.first, end = (math.ceil(round(seconds * self.rate, 6)) for seconds in part)
+            first, end = (round(seconds * self.rate, 6) for seconds in part)
+            self.first, end = math.floor(first), math.ceil(end)
         else:
             raise ValueError(f"{self.path}: states no frame rate to find the part from {part[0]:g} to {part[1]:g} s by")
         self.length = self.promised = min(end, self.length) - self.first
@@ -270,10 +225,18 @@ class _PyAVReader:
     def read(self, numbers: list[int], short_side: int | None = None, max_lost: float = 1.0) -> Tensor:
         clamped = [self.first + min(number, self.length - 1) for number in numbers]
         wanted = sorted(set(clamped))
+        if self.backend == "torchcodec":
+            cut_off = max(numbers) >= self.length and self.promised > self.length
+            return _in_order(by_torchcodec.frames_by_torchcodec(self, wanted, short_side, cut_off), wanted, clamped)
         found, missing, errors = self._decode(wanted, self._plan(wanted), torch.get_num_threads(), short_side)
         if missing or errors:
             # Several threads lose good frames around a broken packet, and the seek may be to blame.
             found, missing, errors = self._decode(wanted, None, 1, short_side)
+        if missing and not errors and self.part is not None and self.seek is not None:
+            # No damage: a key frame from which pictures become right only gradually. So from the file's start.
+            self._number(None)
+            self._cut(self.part)
+            return self.read(numbers, short_side, max_lost)
         if not found:
             raise ValueError(f"{self.path}: undecodable, none of its frames could be decoded")
         asked = {number for number in numbers if number < self.promised}
@@ -322,10 +285,10 @@ class _PyAVReader:
         found: dict[int, Tensor] = {}
         missing: set[int] = set()
         errors: list[str] = []
-        to_rgb = _ToReducedRGB(short_side)
         queue = deque(wanted)
         last, last_frame = -1, None
         container, stream = open_video(self.path)
+        to_rgb = _ToReducedRGB(self.path, stream, short_side)
         with container:
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
@@ -405,21 +368,12 @@ class _PyAVReader:
 class _ToReducedRGB(ToRGB):
     """Reduces frames to `short_side` too: swscale resizes in the same pass, without aliasing."""
 
-    def __init__(self, short_side: int | None) -> None:
-        super().__init__()
+    def __init__(self, path: str, stream: Any, short_side: int | None) -> None:
+        super().__init__(path, stream)
         self.short_side = short_side
 
-    def __call__(self, frame: Any) -> Tensor:
-        self.size = self.size or _reduced(frame.height, frame.width, self.short_side)
-        return super().__call__(frame)
-
-
-def _reduced(height: int, width: int, short_side: int | None) -> tuple[int, int]:
-    """The size (height, width) with this short side and the same aspect ratio; never a larger one."""
-    short = min(height, width)
-    if short_side is None or short_side >= short:
-        return height, width
-    return round(height * short_side / short), round(width * short_side / short)
+    def choose_size(self, height: int, width: int) -> tuple[int, int]:
+        return reduced_size(height, width, self.short_side)
 
 
 def _in_order(frames: Tensor, wanted: list[int], numbers: list[int]) -> Tensor:

@@ -3,13 +3,13 @@
 videos/juggling/a.avi 12            path label
 videos/juggling/a.avi               path
 ego4d/7a3f.mp4 1 120.5 128.5        path label start end, in seconds: a part of a long video
-"my videos/b.mp4" 3                 a path with spaces in quotes,
+"my videos/b.mp4" 3                 a path with spaces in quotes, a quote in it doubled,
 my videos/b.mp4,3                   or with commas between the fields, as in VideoMAE's csv files
 """
 
 from __future__ import annotations
 
-import csv
+import codecs
 import math
 import os
 import re
@@ -43,9 +43,9 @@ def read_list(
         num_labels: labels must lie below it.
 
     Raises:
-        ValueError: the list or data_root doesn't exist, the list is empty, or, with file and line: wrong number of
-            fields, no label though `labelled`, a label that is not an integer or outside 0 … num_labels - 1, a start or
-            end that is not a finite number of seconds, or start >= end.
+        ValueError: the list or data_root doesn't exist, the list is empty, or, with file and line: a byte that isn't
+            UTF-8, wrong number of fields, no label though `labelled`, a label that is not an integer or outside
+            0 … num_labels - 1, a start or end that is not a finite number of seconds, or start >= end.
     """
     list_file = Path(list_file)
     if not list_file.is_file():
@@ -54,24 +54,33 @@ def read_list(
     if not root.is_dir():
         raise ValueError(f"data_root must be a folder, got {str(root)!r}")
     entries = []
-    with open(list_file, encoding="utf-8-sig") as lines:  # spreadsheets begin their csv files with a byte order mark
-        for number, line in enumerate(lines, start=1):
-            line = line.strip()
+    content = list_file.read_bytes().removeprefix(codecs.BOM_UTF8)  # spreadsheets begin their csv files with it
+    for number, raw in enumerate(content.splitlines(), start=1):  # bytes: a name may hold what text breaks lines at
+        try:
+            line = raw.decode().strip()
             if line and not line.startswith("#"):
-                try:
-                    entries.append(_entry(_fields(line), root, labelled, num_labels))
-                except ValueError as error:
-                    raise ValueError(f"{list_file}:{number}: {error}, got {line!r}") from None
+                entries.append(_entry(_fields(line), root, labelled, num_labels))
+        except UnicodeDecodeError as error:
+            place = f"byte {error.start + 1} is {raw[error.start]:#04x}, which isn't UTF-8"
+            hint = "save the list as UTF-8, e.g. with iconv -f LATIN1 (or UTF-16) -t UTF-8"
+            raise ValueError(f"{list_file}:{number}: {place}: {hint}; got {raw!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{list_file}:{number}: {error}, got {line!r}") from None
     if not entries:
         raise ValueError(f"{list_file}: the list is empty, expected one video a line")
     return entries
 
 
 def _fields(line: str) -> list[str]:
-    if "," in re.sub('"[^"]*"', "", line):
-        return [field.strip() for field in next(csv.reader([line], skipinitialspace=True))]
-    # Not shlex: it takes apostrophes and backslashes, which file names may contain, for its own.
-    return [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', line)]
+    # Neither shlex, to which apostrophes and backslashes in file names mean something, nor csv, which knows no spaces.
+    quoted = re.match(r'"((?:[^"]|"")*)"(?=[\s,]|$)', line)
+    if quoted:
+        path, rest = quoted[1].replace('""', '"'), line[quoted.end() :]
+    else:
+        path = re.match("[^,]*" if "," in line else r"\S*", line)[0]
+        path, rest = path.strip(), line[len(path) :]
+    others = rest.strip().removeprefix(",").split(",") if "," in rest else rest.split()
+    return [path, *(field.strip().strip('"') for field in others)]
 
 
 def _entry(fields: list[str], root: Path, labelled: bool, num_labels: int | None) -> Entry:

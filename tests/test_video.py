@@ -101,10 +101,10 @@ def test_rotation_is_honoured(made, tmp_path, rotation):
 
 def test_a_reserved_colour_space_is_read_as_unspecified(made):
     with av.open(str(made("b-frames.mp4"))) as container:
-        frame = next(container.decode(video=0))
-        expected = video.ToRGB()(frame)
+        frame, stream = next(container.decode(video=0)), container.streams.video[0]
+        expected = video.ToRGB("x", stream)(frame)
         frame.colorspace = 3  # reserved: swscale refuses it
-        assert torch.equal(video.ToRGB()(frame), expected)
+        assert torch.equal(video.ToRGB("x", stream)(frame), expected)
 
 
 # --- what can't be read ---

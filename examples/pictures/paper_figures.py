@@ -222,7 +222,7 @@ def save_animation(images: Sequence[Any], out: Path, fps: float) -> None:
     import av
 
     height, width = (side // 2 * 2 for side in images[0].shape[:2])  # which the codec's halved colours need
-    with av.open(str(out), "w", options={"movflags": "faststart"}) as container:
+    with av.open(str(out.absolute()), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for image in images:

@@ -49,6 +49,41 @@ def test_every_way_to_write_a_line(write, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "tab\there.mp4",
+            "two  spaces.mp4",
+            " at its ends .mp4 ",
+            'say "hi".mp4',
+            "it's.mp4",
+            "a,b.mp4",
+            "file:b.mp4",
+        ),
+        *("back\\slash.mp4", "#1.mp4", "ünï ☃.mp4", "line\u2028separator.mp4", "form\x0cfeed.mp4", "\xa0.mp4", '"'),
+    ],
+)
+@pytest.mark.parametrize("separator", [" ", ",", "\t", " , "])
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_any_name_in_quotes(write, tmp_path, name, separator, end):
+    quoted = '"' + name.replace('"', '""') + '"'
+    list_file = write(f"\ufeff# videos{end or chr(10)}{quoted}{separator}3{end}")
+    assert read_list(list_file, labelled=True) == [Entry(tmp_path / name, 3)]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line", "byte", "value"),
+    [("latin1", 2, 2, "0xfc"), ("utf-16", 1, 1, "0xff"), ("cp1252", 2, 2, "0xfc")],
+)
+def test_another_encoding_is_named_by_list_line_and_byte(tmp_path, encoding, line, byte, value):
+    list_file = tmp_path / "list.csv"
+    list_file.write_bytes("a.mp4 1\nmüll.mp4 2\n".encode(encoding))
+    problem = f"{list_file}:{line}: byte {byte} is {value}, which isn't UTF-8: save the list as UTF-8"
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        read_list(list_file, labelled=True)
+
+
 def test_without_labels(write, tmp_path):
     list_file = write('a.mp4\nb.mp4 3\nc.mp4 1.5 2.5\nd.mp4 -1 0 4\n"e e.mp4"\nf f.mp4,9\n')
     assert read_list(list_file, labelled=False) == [
