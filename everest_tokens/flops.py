@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -93,7 +94,8 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
         compared = pairs * channels * products + counter.get_total_flops() // 2
     with counting(root) as counter:
         running(torch.empty(shape, dtype=torch.float32, device="meta"), **given)
-    by_module = counter.get_flop_counts()
+    # PEFT's modules_to_save puts the copy that runs where the model's own part was.
+    by_module = {re.sub(r"\.modules_to_save\.[^.]+", "", name): each for name, each in counter.get_flop_counts().items()}
 
     def spent(*paths: str) -> int:
         names = (f"{type(running).__name__}.{path}" for path in paths)

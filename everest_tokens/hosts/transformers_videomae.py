@@ -128,7 +128,7 @@ class TransformersVideoMAE(TransformersHost):
                 stacklevel=4,
             )
         numbers = numerics.numbers_in(policy.settings)
-        if numbers and not numerics.is_equipped(root):
+        if numbers not in ({}, numerics.numbers_of(root)) and not numerics.is_equipped(root):
             numerics.equip(root, numbers)
         policy.settings.update(numerics.numbers_of(root))
         device = next(root.parameters()).device
