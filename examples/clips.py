@@ -185,11 +185,15 @@ class TrainingClips(Dataset[dict[str, Any]]):
         """Change what is drawn. accelerate's data loaders call this at the start of each epoch."""
         self._epoch.fill_(epoch)
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        generator = item_generator(self.seed, int(self._epoch), i)
+        generator = item_generator(self.seed, self.epoch, i)
         return self.cut(self._candidates(i, generator), generator)
 
     def _candidates(self, i: int, generator: torch.Generator) -> Iterator[Entry]:
