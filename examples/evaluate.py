@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from augmentation import BatchAugmentation
 from clips import Sampling, TestViews, collate
-from recipe import SettingsParser, frames_of, loading, read_section
+from recipe import SettingsParser, frames_of, load_trained, read_section
+from recorded import read
 from run import tell
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,14 +39,14 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass
 class TestRecipe:
-    """Settings of a test; clips, crops and stride are the recipe's (Table 8)."""
+    """Settings of a test; clips and crops are the recipe's (Table 8), the rest is what the model was trained with."""
 
     model: str = _setting("", "folder that finetune.py wrote, or a hub id")
     test_list: str = _setting("", "list of videos, one a line: path label [start end]")
     data_root: str | None = _setting(None, "folder that the list's paths are relative to; its own if not given")
     clips: int = _setting(5, "temporal clips of a video")
     crops: int = _setting(3, "spatial crops of a clip, 1 or 3")
-    stride: int = _setting(4, "frames from one sampled frame to the next; 0: one from each of equal segments")
+    stride: int | None = _setting(None, "frames from one to the next, 0 for equal segments; the model's if not given")
     keep_ratio: float | None = _setting(None, "share of the tokens that is kept; the model's own if not given")
     views_at_once: int = _setting(16, "views in a forward")
     dataloader_num_workers: int = _setting(4, "decoding processes")
@@ -71,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: list[str]) -> None:
     recipe = parse(arguments)
     accelerator = Accelerator(cpu=recipe.use_cpu)
-    with loading(recipe.model):
-        model = VideoMAEForVideoClassification.from_pretrained(recipe.model)
+    model = load_trained(VideoMAEForVideoClassification, recipe.model)
+    trained = settle(recipe)
     entries = read_list(recipe.test_list, recipe.data_root, labelled=True, num_labels=model.config.num_labels)
     et.patch_videomae(model, None if recipe.keep_ratio is None else et.ReRoSelector(recipe.keep_ratio))
     views = TestViews(
@@ -82,13 +83,16 @@ def run(arguments: list[str]) -> None:
         views, batch_size=1, num_workers=recipe.dataloader_num_workers, collate_fn=collate, shuffle=False
     )
     model, loader = accelerator.prepare(model.eval(), loader)
+    normalise = BatchAugmentation()
+    for name in ("mean", "std"):
+        getattr(normalise, name).copy_(torch.tensor(trained[name]).view(3, 1, 1)) if name in trained else None
     lines: dict[int, dict[str, Any]] = {}
     for batch in tqdm(loader, desc="testing", unit="video", disable=not accelerator.is_local_main_process):
         for position, index in enumerate(batch["index"].tolist()):
             problem = batch["problem"][position]
             mean = None
             if not problem:
-                mean = mean_softmax(model, batch["pixel_values"][position], recipe.views_at_once)
+                mean = mean_softmax(model, normalise, batch["pixel_values"][position], recipe.views_at_once)
             lines[index] = line_for(entries[index], mean, problem)
     if accelerator.num_processes > 1:
         gathered: list[Any] = [None] * accelerator.num_processes
@@ -107,23 +111,36 @@ def parse(arguments: list[str]) -> TestRecipe:
     """`[RECIPE.yaml] [--setting value …]`: the recipe's section "testing", the command line wins."""
     parser = SettingsParser([TestRecipe], description="Test a fine-tuned VideoMAE on several views of each video.")
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="settings, see examples/recipes/")
-    values = read_section(parser, "testing", arguments)
+    values, _, _ = read_section(parser, "testing", arguments)
     recipe = TestRecipe(**{item.name: values[item.name] for item in fields(TestRecipe)})
     for name in ("model", "test_list"):
         if not getattr(recipe, name):
             raise ValueError(f"{name} is not set (see --help)")
     for name, least in {"clips": 1, "views_at_once": 1, "stride": 0, "dataloader_num_workers": 0}.items():
-        if getattr(recipe, name) < least:
+        if (getattr(recipe, name) or 0) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
     if recipe.crops not in (1, 3):
         raise ValueError(f"crops must be 1 or 3, got {recipe.crops}")
     return recipe
 
 
+def settle(recipe: TestRecipe) -> dict[str, Any]:
+    """What the model was trained with, as far as recorded; the recipe's stride is that one unless it is given."""
+    trained = read(recipe.model)
+    for name in ("stride", "keep_ratio"):
+        given = getattr(recipe, name)
+        if given is not None and given != trained.get(name, given):
+            logger.warning("%s is %s in this test, the model was trained with %s", name, given, trained[name])
+    if recipe.stride is None:
+        recipe.stride = trained.get("stride", 4)
+        if not trained:
+            logger.warning("nothing in %s says how it was trained: it is tested with stride 4", recipe.model)
+    return trained
+
+
 @torch.inference_mode()
-def mean_softmax(model: Any, views: Tensor, at_once: int) -> Tensor:
+def mean_softmax(model: Any, normalise: Any, views: Tensor, at_once: int) -> Tensor:
     """uint8 views (V, T, C, H, W) of one video → the mean of their class probabilities, (classes,) on the CPU."""
-    normalise = BatchAugmentation()
     parts = []
     for part in views.split(at_once):
         clips, _ = normalise(part, None, False)

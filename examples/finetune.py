@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from augmentation import BatchAugmentation, TrainingGeometry
 from clips import Sampling, TestViews, TrainingClips, collate
-from recipe import FinetuningRecipe, check_fit, frames_of, loading, parse, selection_of, set_warmup
-from run import TRAINING_DEFAULTS, check_found, finish, resume_point, tell
+from recipe import FinetuningRecipe, check_fit, frames_of, load_trained, loading, parse, selection_of, set_warmup
+from recorded import record
+from run import TRAINING_DEFAULTS, check_found, tell, train
 from trainer import VideoTrainer
 from transformers import VideoMAEForVideoClassification, set_seed
-from transformers.trainer_utils import IntervalStrategy
 from video_list import read_list
 
 import everest_tokens as et
@@ -33,12 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> None:
     defaults = TRAINING_DEFAULTS | {"adam_beta2": 0.999}
-    recipe, training = parse(FinetuningRecipe, "finetuning", arguments, defaults)
+    recipe, training = parse(FinetuningRecipe, arguments, defaults)
     entries = read_list(recipe.train_list, recipe.data_root, labelled=True, num_labels=recipe.num_labels)
     held_out = None
     if recipe.eval_list:
-        if training.eval_strategy == IntervalStrategy.NO:
-            training.eval_strategy = IntervalStrategy.EPOCH
         held_out = read_list(recipe.eval_list, recipe.data_root, labelled=True, num_labels=recipe.num_labels)
     set_warmup(training, recipe, len(entries))
     set_seed(training.seed)
@@ -63,12 +61,11 @@ def run(arguments: list[str]) -> None:
         layer_decay=recipe.layer_decay,
         label_smoothing=recipe.label_smoothing,
         max_bad_fraction=recipe.max_bad_fraction,
+        max_bad_steps=recipe.max_bad_steps,
+        recorded=record(recipe, training),
     )
     check_found(entries, "train_list")
-    trainer.train(resume_from_checkpoint=resume_point(training, recipe))
-    if held_out is not None:
-        trainer.log_metrics("eval", trainer.evaluate())
-    finish(trainer, len(entries))
+    train(trainer, len(entries))
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -87,10 +84,14 @@ def build_model(recipe: FinetuningRecipe) -> VideoMAEForVideoClassification:
                 num_frames=recipe.num_frames,
                 image_size=recipe.size,
             )
-    with loading(recipe.model):
-        model = VideoMAEForVideoClassification.from_pretrained(
-            recipe.model, num_labels=recipe.num_labels, use_mean_pooling=True, ignore_mismatched_sizes=True
-        )
+    model = load_trained(
+        VideoMAEForVideoClassification,
+        recipe.model,
+        new=("classifier.", "fc_norm."),
+        num_labels=recipe.num_labels,
+        use_mean_pooling=True,
+        ignore_mismatched_sizes=True,
+    )
     check_fit(model, recipe)
     return model
 

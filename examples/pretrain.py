@@ -19,12 +19,14 @@ from recipe import (
     check_fit,
     config_of,
     frames_of,
+    load_trained,
     loading,
     parse,
     selection_of,
     set_warmup,
 )
-from run import TRAINING_DEFAULTS, check_found, finish, resume_point, tell
+from recorded import record
+from run import TRAINING_DEFAULTS, check_found, tell, train
 from trainer import VideoTrainer
 from transformers import VideoMAEForPreTraining, set_seed
 from video_list import read_list
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(arguments: list[str]) -> None:
-    recipe, training = parse(PretrainingRecipe, "pretraining", arguments, TRAINING_DEFAULTS)
+    recipe, training = parse(PretrainingRecipe, arguments, TRAINING_DEFAULTS)
     entries = read_list(recipe.train_list, recipe.data_root, labelled=False)
     set_warmup(training, recipe, len(entries))
     set_seed(training.seed)
@@ -57,10 +59,11 @@ def run(arguments: list[str]) -> None:
         ),
         augmentation=BatchAugmentation(),
         max_bad_fraction=recipe.max_bad_fraction,
+        max_bad_steps=recipe.max_bad_steps,
+        recorded=record(recipe, training),
     )
     check_found(entries, "train_list")
-    trainer.train(resume_from_checkpoint=resume_point(training, recipe))
-    finish(trainer, len(entries))
+    train(trainer, len(entries))
 
 
 def build_model(recipe: PretrainingRecipe) -> VideoMAEForPreTraining:
@@ -75,8 +78,7 @@ def build_model(recipe: PretrainingRecipe) -> VideoMAEForPreTraining:
         if not isinstance(model, VideoMAEForPreTraining):
             raise ValueError(f"model: {recipe.model} has no pixel decoder to pre-train with")
         return model
-    with loading(recipe.model):
-        model = VideoMAEForPreTraining.from_pretrained(recipe.model)
+    model = load_trained(VideoMAEForPreTraining, recipe.model)
     check_fit(model, recipe)
     return model
 

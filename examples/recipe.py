@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-import torch
 import yaml
+from trainer_settings import settle
 from transformers import HfArgumentParser, TrainingArguments, VideoMAEConfig
 
 import everest_tokens as et
@@ -35,6 +37,8 @@ def _setting(default: Any, help: str) -> Any:
 class Recipe:
     """What pre-training and fine-tuning have in common. Rates and epochs are the recipe's, see Tables 7 and 8."""
 
+    section: ClassVar[str]  # of the YAML file
+
     train_list: str = _setting("", "list of videos, one a line: path [label] [start end]")
     data_root: str | None = _setting(None, "folder that the lists' paths are relative to; theirs if not given")
     backbone: str = _setting("base", f"size of the model: {', '.join(BACKBONES)}; also chooses the recipe's values")
@@ -51,10 +55,13 @@ class Recipe:
     epochs: float = _setting(100.0, "passes over the list")
     warmup_epochs: float = _setting(5.0, "epochs over which the learning rate rises")
     max_bad_fraction: float = _setting(0.01, "the run ends with an error if more than this share of the list is bad")
+    max_bad_steps: int = _setting(3, "the run ends with status 3 after so many steps in a row that aren't finite")
 
 
 @dataclass
 class PretrainingRecipe(Recipe):
+    section = "pretraining"
+
     model: str | None = _setting(None, "folder, hub id or .pth to go on from; a new model of `backbone` if not given")
     mask_ratio: float = _setting(0.9, "1 − ρ_pre·ρ_post: the share of the tokens that the encoder doesn't see")
     decoder_depth: int = _setting(4, "blocks of the decoder of a new model")
@@ -65,6 +72,8 @@ class PretrainingRecipe(Recipe):
 
 @dataclass
 class FinetuningRecipe(Recipe):
+    section = "finetuning"
+
     model: str = _setting("", "pre-trained folder, hub id or .pth of the VideoMAE family")
     family: str | None = _setting(None, "of a .pth that doesn't tell: videomae, videomaev2, mme, mvd or everest")
     num_labels: int = _setting(0, "classes of the data set")
@@ -80,63 +89,69 @@ class FinetuningRecipe(Recipe):
 
 
 class SettingsParser(HfArgumentParser):
-    """Says what is wrong with a setting in one line, not after a page of usage."""
+    """Takes whole names alone, and says what is wrong with a setting in one line, not after a page of usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> Any:
         raise ValueError(message)
 
 
-def parse(kind: type[FreshOr], section: str, arguments: list[str], defaults: dict[str, Any]) -> tuple[FreshOr, Any]:
+def parse(kind: type[FreshOr], arguments: list[str], defaults: dict[str, Any]) -> tuple[FreshOr, TrainingArguments]:
     """Read `RECIPE.yaml [--setting value …]`.
 
     Args:
-        section: of the YAML file, "pretraining" or "finetuning".
+        kind: of recipe, PretrainingRecipe or FinetuningRecipe.
         arguments: of the command line; they win over the file.
         defaults: of transformers' TrainingArguments, which are settings too; file and command line win over them.
 
     Returns:
-        (recipe, TrainingArguments), checked and with learning rate, batch and warm-up worked out as far as the length
-        of the list doesn't matter.
+        (recipe, TrainingArguments), checked and with learning rate and batch worked out; the warm-up comes with the
+        length of the list (`set_warmup`).
 
     Raises:
-        ValueError: a setting that doesn't exist or can't be, by its name.
+        ValueError: a setting that doesn't exist, can't be or would not be heeded, by its name.
     """
-    parser = SettingsParser([kind, TrainingArguments], description=f"Settings of {section}, see Tables 7 and 8.")
+    parser = SettingsParser([kind, TrainingArguments], description=f"Settings of {kind.section}, see Tables 7 and 8.")
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="settings, see examples/recipes/")
     parser.set_defaults(**defaults)
-    values = read_section(parser, section, arguments)
+    values, line, file = read_section(parser, kind.section, arguments)
     recipe = kind(**{item.name: values[item.name] for item in fields(kind)})
-    training = TrainingArguments(**{item.name: values[item.name] for item in fields(TrainingArguments) if item.init})
     _check(recipe)
-    _work_out(recipe, training, rate_given=any(item.startswith("--learning_rate") for item in arguments))
+    training = TrainingArguments(**settle(values, line, file))
+    training.per_device_train_batch_size = _videos_at_once(recipe, training)
     return recipe, training
 
 
-def read_section(parser: HfArgumentParser, section: str, arguments: list[str]) -> dict[str, Any]:
+def read_section(
+    parser: HfArgumentParser, section: str, arguments: list[str]
+) -> tuple[dict[str, Any], set[str], set[str]]:
     """The values of a parser with a positional `recipe`: its defaults, the file's section, the command line.
+
+    Returns:
+        (the values of all settings, names that the command line gives, names that the file gives).
 
     Raises:
         ValueError: a setting that doesn't exist, by its name and where it stands.
     """
-    given, unknown = parser.parse_known_args(arguments)
+    line, path = _given(parser, arguments)
+    file, _ = _given(parser, _read(Path(path), section, line.get("backbone"), parser)) if path else ({}, None)
+    return vars(parser.parse_args([])) | file | line, set(line), set(file)
+
+
+def _given(parser: HfArgumentParser, arguments: list[str]) -> tuple[dict[str, Any], str | None]:
+    """The settings that the arguments name, and the recipe's file."""
+    nothing = object()  # argparse leaves alone what a namespace has
+    blank = Namespace(**dict.fromkeys((action.dest for action in parser._actions), nothing))
+    found, unknown = parser.parse_known_args(arguments, blank)
     if unknown:
         raise ValueError(f"no such setting: {' '.join(unknown)} (see --help)")
-    known = {action.dest for action in parser._actions}
-    from_file = _read(Path(given.recipe), section, _backbone_in(arguments), known) if given.recipe else []
-    rest = [argument for argument in arguments if argument != given.recipe]
-    return vars(parser.parse_args([*from_file, *rest]))
+    values = {name: value for name, value in vars(found).items() if value is not nothing}
+    return values, values.pop("recipe", None)
 
 
-def _backbone_in(arguments: list[str]) -> str | None:
-    for position, argument in enumerate(arguments):
-        if argument == "--backbone" and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith("--backbone="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _read(path: Path, section: str, backbone: str | None, known: set[str]) -> list[str]:
+def _read(path: Path, section: str, backbone: str | None, parser: HfArgumentParser) -> list[str]:
     """A section of a YAML file as command-line arguments, with the values of the backbone."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -147,21 +162,26 @@ def _read(path: Path, section: str, backbone: str | None, known: set[str]) -> li
         raise ValueError(f"{path} has no section {section!r}")
     by_backbone = settings.pop("by_backbone", None) or {}
     chosen = backbone or settings.get("backbone") or Recipe.backbone
+    defaults = vars(parser.parse_args([]))
     for name in [*settings, *(name for values in by_backbone.values() for name in values)]:
-        if name not in known:
+        if name not in defaults:
             raise ValueError(f"{path}: no such setting in {section}: {name}")
     settings |= by_backbone.get(chosen, {})
     arguments: list[str] = []
     for name, value in settings.items():
+        if value is None and defaults[name] is not None:
+            raise ValueError(f"{path}: {name} has no value; without its line it is {defaults[name]}")
         if value is not None:
             values = value if isinstance(value, list) else [value]
-            arguments += [f"--{name}", *map(str, values)]
+            arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
     return arguments
 
 
 def _check(recipe: Recipe) -> None:
     """Raise ValueError, naming the setting, for values that can't be."""
-    least = dict.fromkeys(("num_frames", "size", "patch_size", "repeats", "batch_size", "decoder_depth"), 1)
+    least = dict.fromkeys(
+        ("num_frames", "size", "patch_size", "repeats", "batch_size", "decoder_depth", "max_bad_steps"), 1
+    )
     least |= {"stride": 0, "alpha": 0, "mixup": 0, "cutmix": 0, "warmup_epochs": 0}
     shares = ("keep_ratio", "mask_ratio", "max_bad_fraction", "label_smoothing", "drop_path", "erasing", "layer_decay")
     for name, value in vars(recipe).items():
@@ -188,8 +208,8 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"randaugment must be a magnitude and a standard deviation, got {recipe.randaugment}")
 
 
-def _work_out(recipe: Recipe, training: TrainingArguments, rate_given: bool) -> None:
-    """lr = base_lr · batch / 256, and how the batch is spread over processes and accumulated steps."""
+def _videos_at_once(recipe: Recipe, training: TrainingArguments) -> int:
+    """Videos of a device's forward: batch_size spread over processes, accumulated steps and repeats."""
     parts = training.world_size * max(1, training.n_gpu) * training.gradient_accumulation_steps
     share, rest = divmod(recipe.batch_size, parts)
     if share == 0 or rest:
@@ -202,12 +222,7 @@ def _work_out(recipe: Recipe, training: TrainingArguments, rate_given: bool) -> 
         raise ValueError(
             f"batch_size {recipe.batch_size}: {share} clips a step, no multiple of repeats {recipe.repeats}"
         )
-    training.per_device_train_batch_size = videos
-    training.num_train_epochs = recipe.epochs
-    if not rate_given:
-        training.learning_rate = recipe.base_lr * recipe.batch_size / 256
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not training.fp16:
-        training.bf16 = True
+    return videos
 
 
 def set_warmup(training: TrainingArguments, recipe: Recipe, videos: int) -> None:
@@ -226,6 +241,21 @@ def loading(model: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         what = "can't be loaded" if Path(model).exists() else "is no file, no folder and no model on the hub"
         raise ValueError(f"model: {model} {what}: {' '.join(str(error).split())}") from error
+
+
+def load_trained(kind: Any, model: str, new: tuple[str, ...] = (), **settings: Any) -> Any:
+    """Load a folder or a hub model, of which weights under the prefixes `new` may be random and nothing else.
+
+    Raises:
+        ValueError: there is no such model, or it lacks other weights.
+    """
+    with loading(model):
+        loaded, found = kind.from_pretrained(model, output_loading_info=True, **settings)
+    names = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    if random := sorted(name for name in names if not name.startswith(new)):
+        some = ", ".join(random[:3]) + (", …" if len(random) > 3 else "")
+        raise ValueError(f"model: {model} lacks weights of a {kind.__name__}, which would be random: {some}")
+    return loaded
 
 
 def check_fit(model: Any, recipe: Any) -> None:

@@ -1,19 +1,21 @@
-"""What the training scripts share around a run: defaults of the Trainer, errors in one line, resume and the end."""
+"""What the scripts share around a run: defaults of the Trainer, errors in one line and statuses, begin and end."""
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from trainer import TooManyBadVideos, VideoTrainer, checkpoint_to_resume
-from transformers import TrainingArguments
+from checkpoints import checkpoint_to_resume
+from guards import RunEnded, alone_in, worker_died, worker_killed
+from recorded import check_goes_on, write
+from trainer import VideoTrainer
 from video_list import Entry
 
 logger = logging.getLogger(__name__)
@@ -40,14 +42,24 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Run a script's work; what the caller got wrong ends in one line on standard error and status 2."""
+    """Run a script's work; what ends it ends in a line on standard error and a status of guards.py's table."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    status = 0
+    status, message = 0, ""
     try:
         run(arguments)
-    except (ValueError, OSError, ImportError, TooManyBadVideos) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        status = 2
+    except RunEnded as error:
+        status, message = error.status, str(error)
+    except (ValueError, OSError, ImportError) as error:
+        status, message = 2, str(error)
+        if "\nOriginal Traceback " in message:  # of a loader's worker, as text
+            message = message.rpartition(f"\n{type(error).__name__}: ")[2].strip()
+    except RuntimeError as error:
+        if not worker_died(error):
+            raise
+        failed = worker_killed(error, "Nothing is written: run it again")
+        status, message = failed.status, str(failed)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and not torch.accelerator.is_available():
         _leave(status)
     return status
@@ -65,21 +77,32 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def resume_point(training: TrainingArguments, recipe: Any) -> str | None:
-    """The last complete checkpoint of the run's folder, or None; a line says so, and what differs from its recipe."""
-    with training.main_process_first(local=False):
-        checkpoint = training.resume_from_checkpoint or checkpoint_to_resume(training.output_dir)
-    file, settings = Path(training.output_dir, "recipe.json"), json.loads(json.dumps(vars(recipe)))
-    if checkpoint is not None:
-        logger.warning("going on from %s; another --output_dir starts a new run", checkpoint)
-        before = json.loads(file.read_text()) if file.is_file() else settings
-        for name, value in settings.items():
-            if before.get(name) != value:
-                logger.warning("%s is %s now, the run began with %s", name, value, before.get(name))
-    elif training.process_index == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1) + "\n")
-    return checkpoint
+def train(trainer: VideoTrainer, videos: int) -> None:
+    """Train in output_dir, alone there, from its last complete checkpoint on, and write the final model beside it.
+
+    Args:
+        videos: in the list.
+
+    Raises:
+        ValueError: output_dir is in use, or holds another kind of run.
+        RunEnded: the run ended before its time, or too much of the list was bad.
+    """
+    training = trainer.args
+    folder = Path(training.output_dir)
+    with alone_in(folder) if training.process_index == 0 else nullcontext():
+        with training.main_process_first(local=False):
+            given = training.resume_from_checkpoint
+            if given and not Path(given).is_dir():
+                raise ValueError(f"resume_from_checkpoint: {given} is no folder")
+            checkpoint = given or checkpoint_to_resume(folder)
+            check_goes_on(checkpoint, training.output_dir, trainer.recorded)
+            if training.process_index == 0:
+                write(folder, trainer.recorded)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.eval_dataset is not None:
+            trainer.log_metrics("eval", trainer.evaluate())
+        trainer.save_model()
+        trainer.check_bad_videos(videos)
 
 
 def check_found(entries: Sequence[Entry], setting: str) -> None:
@@ -87,9 +110,3 @@ def check_found(entries: Sequence[Entry], setting: str) -> None:
     first = entries[:5]
     if not any(entry.path.exists() for entry in first):
         raise ValueError(f"{setting}: none of its first {len(first)} videos exists, {first[0].path}: see --data_root")
-
-
-def finish(trainer: VideoTrainer, videos: int) -> None:
-    """Write the final model beside the checkpoints; end with an error if too much of the list was bad."""
-    trainer.save_model()
-    trainer.check_bad_videos(videos)

@@ -1,14 +1,16 @@
 """transformers' Trainer, with what it lacks for VideoMAE mended and what a video run needs to say.
 
-Mended: q/v biases are restored on resume and with load_best_model_at_end, pre-training reports an eval_loss, and a kill
+Mended: q/v biases are restored on resume and with load_best_model_at_end, a resumed run has the rates and intervals
+that are set now, pre-training reports an eval_loss, an epoch has whole batches however they are accumulated, and a kill
 at any moment leaves the older checkpoints and never resumes from half of one. Added: batches are augmented on the
-device, unreadable videos are counted, and the log shows clips a second, kept tokens and peak memory.
+device, unreadable videos and steps that aren't finite are counted, SIGTERM and a killed loader end a run with a
+checkpoint, and the log shows clips a second, kept tokens and peak memory.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,28 +18,30 @@ from typing import Any
 
 import torch
 import transformers
+from checkpoints import check_finite, complete_checkpoints, drop_oldest, mark_complete, remove, written_whole
+from guards import StepGuard, Terminated, TooManyBadVideos, outlive_sigterm, worker_died, worker_killed
 from optimisation import layer_decay_groups
+from recorded import write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback, set_seed
 
 from everest_tokens.numerics import TENSORS_FILE
 
 logger = logging.getLogger(__name__)
 
+_RATES = ("initial_lr", "weight_decay", "betas", "eps")  # of a parameter group, what settings say
 _NO_LABEL = -100  # cross-entropy leaves it out
-_COMPLETE = "complete"  # a file that is written last; a checkpoint without it was being written when the run was killed
 
 
-class TooManyBadVideos(RuntimeError):
-    """More of the list can't be read than `max_bad_fraction` allows."""
-
-
-class _Randomness(TrainerCallback):
-    """Other clips in each epoch, other hidden places in each process."""
+class _Beginnings(TrainerCallback):
+    """Other clips in each epoch, other hidden places in each process, and intervals that are given anew on resuming."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint's state has those that it was saved with
         if args.process_index > 0:  # by now all processes have the same seed for the order of the videos
             set_seed(args.seed + args.process_index)
 
@@ -56,9 +60,12 @@ class VideoTrainer(Trainer):
         layer_decay: factor on the learning rate from a block to the one below it.
         label_smoothing: of the classifier's cross-entropy, for hard and mixed labels alike.
         max_bad_fraction: share of the training list that may be unreadable.
+        max_bad_steps: so many steps in a row whose loss or gradient isn't finite end the run.
+        recorded: what the model is trained with (`recorded.record`), written beside it wherever it is saved.
 
     Raises:
-        ValueError: FSDP is asked for where accelerate would silently not shard.
+        ValueError: FSDP is asked for where accelerate would silently not shard, or an optimiser with parameter groups
+            of its own.
     """
 
     def __init__(
@@ -68,12 +75,20 @@ class VideoTrainer(Trainer):
         layer_decay: float = 1.0,
         label_smoothing: float = 0.0,
         max_bad_fraction: float = 0.01,
+        max_bad_steps: int = 3,
+        recorded: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate shards a model on GPUs only, this run is on the {self.args.device}")
-        self.add_callback(_Randomness())
+        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & arguments.keys():
+            raise ValueError(f"optim: {self.args.optim.value} makes its own parameter groups, not those of layer_decay")
+        self.guard = StepGuard(max_bad_steps, self.accelerator)
+        self.add_callback(_Beginnings())
+        self.add_callback(self.guard)
+        self.recorded = recorded or {}
         self.augmentation = augmentation
         self.layer_decay = layer_decay
         self.label_smoothing = label_smoothing
@@ -84,7 +99,61 @@ class VideoTrainer(Trainer):
         self.args.save_total_limit = None
         self._clips, self._since = 0, time.perf_counter()
 
+    # --- the run ---
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint.
+
+        Raises:
+            RunEnded: the run ended before its time; what it had learnt is in its last checkpoint.
+        """
+        with self.guard.listening():
+            try:
+                result = super().train(*args, **kwargs)
+            except RuntimeError as error:
+                if not worker_died(error):
+                    raise
+                left = self._save_between_steps()
+                if self.guard.terminate:  # for the workers too, where they don't outlive it
+                    raise Terminated(f"SIGTERM: {left}") from error
+                raise worker_killed(error, left) from error
+        if self.guard.ends_here:
+            raise Terminated(f"SIGTERM: {self._what_is_left()}")
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.load_best_model_at_end and best and self._keep == 1:
+            for checkpoint in complete_checkpoints(self.args.output_dir):
+                if checkpoint.name != Path(best).name:  # as transformers does once it needs no more to resume from
+                    remove(checkpoint)
+        return result
+
+    def _save_between_steps(self) -> str:
+        """Write a checkpoint where the next batch didn't come. Returns `_what_is_left`."""
+        done = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.world_size == 1 and self.state.global_step and done not in complete_checkpoints(done.parent):
+            if self.guard.before_epoch is not None:
+                torch.set_rng_state(self.guard.before_epoch)  # making the epoch's loader draws from it
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        return self._what_is_left()
+
+    def _what_is_left(self) -> str:
+        last = complete_checkpoints(self.args.output_dir)[-1:]
+        return f"the same command goes on from {last[0] if last else 'the beginning, there is no checkpoint yet'}"
+
     # --- batches ---
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Whole batches alone, before they are divided among processes and accumulated parts."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        whole = len(sampler) // batch * batch
+        return RandomSampler(sampler.data_source, num_samples=whole, generator=sampler.generator) if whole else sampler
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's goes through it
+        if inner.num_workers:
+            inner.worker_init_fn = outlive_sigterm(inner.worker_init_fn)
+        return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """ "pixel_values" uint8 (videos, repeats, T, C, H, W), "labels" (videos, repeats), "bad" → a model's inputs."""
@@ -133,6 +202,11 @@ class VideoTrainer(Trainer):
 
     # --- losses ---
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.guard.loss = self.guard.loss + loss
+        return loss
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -173,23 +247,34 @@ class VideoTrainer(Trainer):
 
     # --- checkpoints ---
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it what is recorded of it. Raises Diverged for one that isn't finite."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not _internal_call:
+            self._check_finite()
+        with written_whole(folder):
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                write(folder, self.recorded)
+
+    def _check_finite(self) -> None:
+        check_finite(self.model.state_dict().items(), self.optimizer, self.guard.agree)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.parallel_mode == transformers.training_args.ParallelMode.DISTRIBUTED:
-            torch.distributed.barrier()  # every process has written its part
+        self._check_finite()
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with written_whole(checkpoint):
+            super()._save_checkpoint(model, trial)
+            if self.args.parallel_mode == transformers.training_args.ParallelMode.DISTRIBUTED:
+                torch.distributed.barrier()  # every process has written its part
+            if self.args.should_save:
+                mark_complete(checkpoint)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial))
-            (folder / f"checkpoint-{self.state.global_step}" / _COMPLETE).touch()
             self._drop_oldest(folder)
 
     def _drop_oldest(self, folder: Path) -> None:
-        if self._keep is None:
-            return
-        best = self.state.best_model_checkpoint
-        finished = [path for path in complete_checkpoints(folder) if best is None or path.name != Path(best).name]
-        for path in finished[: max(0, len(finished) - max(1, self._keep))]:
-            (path / _COMPLETE).unlink()  # first, so that a kill leaves nothing that only looks complete
-            shutil.rmtree(path)
+        drop_oldest(folder, self._keep, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -198,6 +283,32 @@ class VideoTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._restore(self.state.best_model_checkpoint, self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What was learnt of the checkpoint, rates and betas of the settings: torch would take the checkpoint's."""
+        if checkpoint is None or self.optimizer is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        given = [{name: group[name] for name in _RATES if name in group} for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{checkpoint}: layer_decay and weight_decay make other parameter groups than it has: {error}"
+            ) from error
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [group["initial_lr"] for group in given]
+            for group, settings, factor in zip(self.optimizer.param_groups, given, schedule.lr_lambdas, strict=True):
+                group.update(settings)
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        elif any(
+            group[name] != value
+            for group, old in zip(self.optimizer.param_groups, given, strict=True)
+            for name, value in old.items()
+        ):
+            raise ValueError(f"learning_rate: {self.args.lr_scheduler_type.value} can't go on from another one")
+        return None
 
     def _restore(self, folder: str, model: nn.Module) -> None:
         """Load what Trainer skips: `save_pretrained` writes q/v biases under names that the live model doesn't have."""
@@ -223,26 +334,16 @@ class VideoTrainer(Trainer):
                 logs["kept_tokens"] = policy.selector.num_kept(self._grid())
             if torch.cuda.is_available():
                 logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-            logs["bad_videos"] = len(self.bad)
-        super().log(logs, start_time)
+            logs["bad_videos"], logs["bad_steps"] = len(self.bad), self.guard.bad_steps
+            if not self.guard.good_since_log:
+                logs["loss"] = math.nan  # Trainer's mean over no step at all is 0
+            self.guard.good_since_log = 0
+        finite = {name: value for name, value in logs.items() if not isinstance(value, float) or math.isfinite(value)}
+        if left_out := ", ".join(logs.keys() - finite.keys()):  # JSON has no NaN
+            logger.warning("step %d: %s not finite, and not in the log", self.state.global_step, left_out)
+        super().log(finite, start_time)
 
     def _grid(self) -> tuple[int, int, int]:
         config = self.model.config
         side = config.image_size // config.patch_size
         return config.num_frames // config.tubelet_size, side, side
-
-
-def complete_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a run's folder that were written to their end, oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if (path / _COMPLETE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def checkpoint_to_resume(folder: str | Path) -> str | None:
-    """The last complete checkpoint of a run, or None for a new one. Half-written ones are removed."""
-    finished = complete_checkpoints(folder)
-    for path in Path(folder).glob("checkpoint-*"):
-        if path not in finished:
-            logger.warning("%s was being written when the run was killed: removed", path)
-            shutil.rmtree(path)
-    return str(finished[-1]) if finished else None

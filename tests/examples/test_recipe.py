@@ -42,9 +42,9 @@ VIEWS = {"k400": (2, 3), "ssv2": (2, 3), "ucf101": (5, 3), "hmdb51": (10, 3), "o
 COMMON = {"warmup_epochs": 5, "layer_decay": 0.75, "randaugment": [9, 0.5], "label_smoothing": 0.1, "drop_path": 0.1}
 
 
-def read(kind: Any, section: str, *arguments: str) -> tuple[Any, Any]:
-    needed = ["--train_list", "train.csv", "--use_cpu", *(["--model", "m"] if section == "finetuning" else [])]
-    return parse(kind, section, [*arguments, *needed], TRAINING_DEFAULTS | {"report_to": "none"})
+def read(kind: Any, *arguments: str) -> tuple[Any, Any]:
+    needed = ["--train_list", "train.csv", "--use_cpu", *(["--model", "m"] if kind is FinetuningRecipe else [])]
+    return parse(kind, [*arguments, *needed], TRAINING_DEFAULTS | {"report_to": "none"})
 
 
 def for_backbone(values: dict[str, Any], backbone: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class TestTables:
     @pytest.mark.parametrize("backbone", [S, B, L])
     @pytest.mark.parametrize("name", PRETRAINING)
     def test_pretraining(self, name, backbone):
-        recipe, training = read(PretrainingRecipe, "pretraining", str(RECIPES / f"{name}.yaml"), "--backbone", backbone)
+        recipe, training = read(PretrainingRecipe, str(RECIPES / f"{name}.yaml"), "--backbone", backbone)
         expected = for_backbone(PRETRAINING[name], backbone)
         assert {key: getattr(recipe, key) for key in expected} == expected
         assert recipe.mask_ratio == 0.9
@@ -68,7 +68,7 @@ class TestTables:
     @pytest.mark.parametrize("backbone", [S, B, L])
     @pytest.mark.parametrize("name", FINETUNING)
     def test_finetuning(self, name, backbone):
-        recipe, training = read(FinetuningRecipe, "finetuning", str(RECIPES / f"{name}.yaml"), "--backbone", backbone)
+        recipe, training = read(FinetuningRecipe, str(RECIPES / f"{name}.yaml"), "--backbone", backbone)
         expected = for_backbone(FINETUNING[name], backbone) | COMMON
         assert {key: getattr(recipe, key) for key in expected} == expected
         assert recipe.alpha == recipe.mixup == recipe.cutmix == 0
@@ -89,19 +89,18 @@ class TestSettings:
     def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(self, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text("pretraining: {epochs: 7, batch_size: 8, save_total_limit: 5}\n")
-        recipe, training = read(PretrainingRecipe, "pretraining", str(path), "--epochs", "9")
+        recipe, training = read(PretrainingRecipe, str(path), "--epochs", "9")
         assert (recipe.epochs, recipe.batch_size) == (9, 8)
         assert (training.save_total_limit, training.num_train_epochs) == (5, 9)
         assert training.max_grad_norm == 0
 
     def test_a_rate_that_is_given_is_not_scaled(self, tmp_path):
-        _, training = read(PretrainingRecipe, "pretraining", "--learning_rate", "0.5", "--batch_size", "8")
+        _, training = read(PretrainingRecipe, "--learning_rate", "0.5", "--batch_size", "8")
         assert training.learning_rate == 0.5
 
     def test_accumulated_steps_share_the_batch(self):
         recipe, training = read(
             PretrainingRecipe,
-            "pretraining",
             "--batch_size",
             "24",
             "--gradient_accumulation_steps",
@@ -127,7 +126,7 @@ class TestSettings:
         path = tmp_path / "wrong.yaml"
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            read(PretrainingRecipe, "pretraining", str(path))
+            read(PretrainingRecipe, str(path))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -146,7 +145,7 @@ class TestSettings:
     )
     def test_values_that_cannot_be(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            read(PretrainingRecipe, "pretraining", *arguments)
+            read(PretrainingRecipe, *arguments)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -154,15 +153,15 @@ class TestSettings:
     )
     def test_values_that_cannot_be_in_finetuning(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            read(FinetuningRecipe, "finetuning", *arguments)
+            read(FinetuningRecipe, *arguments)
 
     def test_what_must_be_set(self):
         with pytest.raises(ValueError, match="train_list"):
-            parse(PretrainingRecipe, "pretraining", ["--use_cpu"], TRAINING_DEFAULTS)
+            parse(PretrainingRecipe, ["--use_cpu"], TRAINING_DEFAULTS)
         with pytest.raises(ValueError, match="model"):
-            parse(FinetuningRecipe, "finetuning", ["--use_cpu", "--train_list", "l"], TRAINING_DEFAULTS)
+            parse(FinetuningRecipe, ["--use_cpu", "--train_list", "l"], TRAINING_DEFAULTS)
 
     def test_a_list_shorter_than_a_batch(self):
-        recipe, training = read(PretrainingRecipe, "pretraining", "--batch_size", "8")
+        recipe, training = read(PretrainingRecipe, "--batch_size", "8")
         with pytest.raises(ValueError, match=r"7 videos.*batch"):
             set_warmup(training, recipe, 7)

@@ -1,0 +1,108 @@
+"""The checkpoints of a run: written whole or not at all, never of what isn't finite, no more of them than allowed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from guards import Diverged, MachineFailed, RunEnded
+from safetensors import SafetensorError
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_COMPLETE = "complete"  # a file that is written last; a checkpoint without it was being written when the run was killed
+
+
+def complete_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a run's folder that were written to their end, oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if (path / _COMPLETE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def checkpoint_to_resume(folder: str | Path) -> str | None:
+    """The last complete checkpoint of a run, or None for a new one. Half-written ones are removed."""
+    finished = complete_checkpoints(folder)
+    for path in Path(folder).glob("checkpoint-*"):
+        if path not in finished:
+            logger.warning("%s was being written when the run was killed: removed", path)
+            shutil.rmtree(path)
+    return str(finished[-1]) if finished else None
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Say that all of a checkpoint has been written."""
+    (checkpoint / _COMPLETE).touch()
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill leaves nothing that only looks complete."""
+    (checkpoint / _COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def drop_oldest(folder: Path, limit: int | None, best: str | None) -> None:
+    """Keep `limit` complete checkpoints as transformers does: always the newest and the best, and all for 0 or None."""
+    finished = complete_checkpoints(folder)
+    if not limit or limit < 0 or not finished:
+        return
+    kept = {finished[-1].name} | ({Path(best).name} if best else set())
+    others = [path for path in finished if path.name not in kept]
+    too_many = len(finished) - max(limit, len(finished) - len(others))
+    for path in others[: max(0, too_many)]:
+        remove(path)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[None]:
+    """Around whatever writes into a checkpoint or a run's folder: leaves no half of a model behind where that fails.
+
+    Raises:
+        MachineFailed: the disk is full, or it can't be written to for another reason.
+    """
+    is_checkpoint = folder.name.startswith("checkpoint-")
+    if is_checkpoint:
+        (folder / _COMPLETE).unlink(missing_ok=True)
+    try:
+        yield
+    except RunEnded:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # of files, of torch.save, of safetensors
+        reason = " ".join(str(error).split())
+        if not isinstance(error, OSError | SafetensorError) and "writ" not in reason:
+            raise
+        if is_checkpoint:
+            remove(folder)
+        else:
+            (folder / "model.safetensors").unlink(missing_ok=True)
+        left = complete_checkpoints(folder.parent if is_checkpoint else folder)
+        raise MachineFailed(
+            f"{folder} could not be written ({reason}): is the disk full?"
+            + (f" {left[-1]} is whole: with more room the same command goes on from it" if left else "")
+        ) from error
+
+
+def check_finite(model: Iterable[tuple[str, Tensor]], optimizer: Any, agree: Any) -> None:
+    """Raise Diverged where a weight, or what the optimiser knows of one, is NaN or infinite in any process.
+
+    Args:
+        model: (name, tensor) pairs.
+        optimizer: a torch optimiser, or None before there is one.
+        agree: float tensor (1,) → its sum over all processes.
+    """
+    states = [] if optimizer is None else [state for state in optimizer.state.values() if isinstance(state, dict)]
+    inner = (("the optimiser's " + key, value) for state in states for key, value in state.items())
+    first, device = "", torch.device("cpu")
+    for name, value in [*model, *inner]:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = getattr(value, "_local_tensor", value)  # FSDP2's DTensors: this process's part
+            device = value.device if value.ndim else device
+            if not first and not bool(value.detach().isfinite().all()):
+                first = name
+    if bool(agree(torch.tensor([float(bool(first))], device=device)).any()):
+        raise Diverged(f"{first or 'a weight'} is not finite: no checkpoint is written of it")

@@ -1,0 +1,73 @@
+"""What a model was trained with, in its folder: read when a run goes on, and when the model is tested."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from recipe import Recipe
+from transformers import TrainingArguments
+from transformers.utils import cached_file
+
+from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
+
+logger = logging.getLogger(__name__)
+
+FILE = "recipe.json"
+# Of TrainingArguments, what a run learns with.
+_RATES = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+_REST = ("optim", "lr_scheduler_type", "max_steps", "seed")
+# What can't change within a run: the model's shape, and what its place in the schedule is counted in.
+_FIXED = (
+    *("backbone", "num_frames", "size", "patch_size", "decoder_depth", "num_labels"),
+    *("batch_size", "repeats", "optim"),
+)
+
+
+def record(recipe: Recipe, training: TrainingArguments) -> dict[str, Any]:
+    """All that a model is trained with, for JSON: section, settings, rates, mean and deviation of pixels."""
+    settings = {"section": recipe.section, **vars(recipe)}
+    settings |= {name: getattr(training, name) for name in (*_RATES, *_REST)}
+    return json.loads(json.dumps(settings | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}))
+
+
+def write(folder: Path, recorded: dict[str, Any]) -> None:
+    (folder / FILE).write_text(json.dumps(recorded, indent=1) + "\n")
+
+
+def read(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is recorded of a folder's or a hub model; {} where nothing is."""
+    missing = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
+    flags = {f"_raise_exceptions_for_{name}": value for name, value in missing.items()}
+    path = Path(model, FILE) if Path(model).exists() else cached_file(str(model), FILE, **flags)
+    return json.loads(Path(path).read_text()) if path and Path(path).is_file() else {}
+
+
+def check_goes_on(checkpoint: str | None, output_dir: str, now: dict[str, Any]) -> None:
+    """Say what a run is given otherwise than it had it in its checkpoint, or that a new run begins.
+
+    Raises:
+        ValueError: output_dir is the folder of the model to begin with, or holds a run that this one can't go on with.
+    """
+    model = now.get("model")
+    if model and Path(model).exists() and Path(output_dir).exists() and os.path.samefile(model, output_dir):
+        raise ValueError(f"output_dir: {output_dir} is the folder of model: give another")
+    before = read(checkpoint or output_dir)
+    if before.get("section", now["section"]) != now["section"]:
+        raise ValueError(f"output_dir: {output_dir} holds a run of {before['section']}: give {now['section']} another")
+    if checkpoint is None:
+        return
+    logger.warning("going on from %s; another --output_dir starts a new run", checkpoint)
+    for name, value in now.items():
+        old = before.get(name, value)
+        if old == value:
+            continue
+        if name in _FIXED:
+            raise ValueError(f"output_dir: {output_dir} holds a run with {name} {old}, not {value}: give another")
+        if name == "model":
+            logger.warning("model is %s now: not read, %s has the weights of this run", value, checkpoint)
+        else:
+            logger.warning("%s is %s from here on, it was %s", name, value, old)
