@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,21 +67,25 @@ def is_data_set(folder: Path) -> bool:
     return any(next(place.glob(mark), None) for place in (folder, folder / "train") for mark in _MARKS)
 
 
-def find_rows(data: str, *, labelled: bool) -> Found:
+def find_rows(data: str, *, labelled: bool, labels: Sequence[str] | None = None) -> Found:
     """Load a data set: a folder of `save_to_disk`, or whatever `load_dataset` takes.
 
     Labels come from its ClassLabel column, else from a column label, labels or cls: numbers, or names to be sorted.
 
+    Args:
+        labels: those of a model that is tested, in its order; of them the data set may have any, and no others.
+
     Raises:
-        ValueError: there is no such data set, or it has no column of videos, no train split or, with labels, none of
-            these columns or fewer than two labels.
+        ValueError: there is no such data set, or it has no column of videos, no train split (if `labels` aren't given)
+            or, with labels, none of these columns, fewer than two labels or one that isn't among `labels`.
         ImportError: `datasets` is not installed.
     """
     datasets = import_datasets()
     with telling(data):
         on_disk = any(Path(data, name).is_file() for name in ("dataset_dict.json", "state.json"))
         loaded = datasets.load_from_disk(data) if on_disk else datasets.load_dataset(data)
-    return rows_of(loaded if isinstance(loaded, dict) else {"train": loaded}, data, labelled=labelled)
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return rows_of(splits, data, labelled=labelled) if labels is None else find_parts(splits, data, labels)
 
 
 def rows_of(splits: dict[str, Any], data: str, *, labelled: bool) -> Found:
@@ -101,42 +105,35 @@ def rows_of(splits: dict[str, Any], data: str, *, labelled: bool) -> Found:
     return find_parts(splits, data, labels)
 
 
-def find_parts(splits: dict[str, Any], data: str, labels: list[str] | None) -> Found:
+def find_parts(splits: dict[str, Any], data: str, labels: Sequence[str] | None) -> Found:
     """The rows of each split that is known by its name, with places among the labels, or without labels (None)."""
     found: dict[str, list[Any]] = {"train": []}
     skipped: Counter[str] = Counter()
     for part, known in _NAMES.items():
         for name in [name for name in known if name in splits][:1]:
             column = video_column(splits[name].features, data)
-            label = None if labels is None else label_column(splits[name].features, data)[0]
-            found[part], unlabelled = _rows(splits[name], name, column, label, labels or [], data)
+            found[part], unlabelled = _rows(splits[name], name, column, labels, data)
             skipped.update({"rows without a label": unlabelled} if unlabelled else {})
-    return Found(**found, labels=labels or [], skipped=skipped)
+    return Found(**found, labels=list(labels or []), skipped=skipped)
 
 
-def _rows(split: Any, name: str, column: str, label: str | None, labels: list[str], data: str) -> tuple[list[Any], int]:
+def _rows(split: Any, name: str, column: str, labels: Sequence[str] | None, data: str) -> tuple[list[Any], int]:
     """(the rows of a split, how many have no label)."""
     raw = split.cast_column(column, import_datasets().Video(decode=False))
+    names = list(_names(raw, name, column))
+    if labels is None:
+        return [Row(shown, None, raw, column, number) for number, shown in enumerate(names)], 0
+    label, own = label_column(split.features, data)
     places = {text: place for place, text in enumerate(labels)}
-
-    def place_of(value: Any) -> int | None:
-        if value is None or value == -1:  # -1 is how the hub hides the labels of a test
-            return None
-        place = places.get(value) if isinstance(value, str) else value
-        if place is None or not 0 <= place < len(labels):
-            raise ValueError(f"data: {data} has a label in {name} that train lacks: {value}")
-        return place
-
     rows = []
-    for number, (shown, value) in enumerate(zip(_names(raw, name, column), _values(split, label), strict=True)):
-        place = place_of(value)
-        if label is None or place is not None:
-            rows.append(Row(shown, place, raw, column, number))
-    return rows, len(raw) - len(rows)
-
-
-def _values(split: Any, column: str | None) -> list[Any]:
-    return [None] * len(split) if column is None else list(split[column])
+    for number, (shown, value) in enumerate(zip(names, split[label], strict=True)):
+        if value is None or value == -1:  # -1 is how the hub hides the labels of a test
+            continue
+        text = value if isinstance(value, str) else own[value] if own else str(value)
+        if text not in places:
+            raise ValueError(f"data: {data} has a label in {name} that is not among {', '.join(labels)}: {text}")
+        rows.append(Row(shown, places[text], raw, column, number))
+    return rows, len(names) - len(rows)
 
 
 def _names(raw: Any, name: str, column: str) -> Iterator[Path]:

@@ -42,16 +42,19 @@ class Found:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def find_videos(root: str | os.PathLike[str], *, labelled: bool) -> Found:
+def find_videos(root: str | os.PathLike[str], *, labelled: bool, labels: Sequence[str] | None = None) -> Found:
     """Look through a folder in one of the layouts above. No video is opened.
 
     It counts as already split where all of its sub-folders are called train, val or test, train being among them.
     Labels are the names in sorted order. Hidden files and folders, files without a video's suffix, videos beside the
     folders of labels and folders without videos are left out and counted.
 
+    Args:
+        labels: those of a model that is tested, in its order; of them the folder may have any, and no others.
+
     Raises:
         ValueError: there is no such folder, it has no videos, or, with labels, fewer than two labels; val or test has a
-            label that train lacks.
+            label that train lacks, or any part one that isn't among `labels`.
     """
     root = Path(root)
     if not root.is_dir():
@@ -69,15 +72,16 @@ def find_videos(root: str | os.PathLike[str], *, labelled: bool) -> Found:
             raise ValueError(f"data: {parts['train']} holds no videos ({_told(skipped) or 'nothing at all'})")
         return Found(**found, skipped=skipped)
     by_label = {name: _by_label(folder, skipped) for name, folder in parts.items()}
-    labels = sorted(by_label["train"])
-    if len(labels) < 2:
+    known = f"{parts['train']} lacks" if labels is None else "the model wasn't trained on"
+    if labels is None and len(by_label["train"]) < 2:
         raise ValueError(
             f"data: expected a folder for each label, {parts['train']}/<label>/*.mp4, and two labels at least;"
-            f" got {', '.join(labels) or 'none'} ({_told(skipped) or 'nothing left out'})"
+            f" got {', '.join(by_label['train']) or 'none'} ({_told(skipped) or 'nothing left out'})"
         )
+    labels = sorted(by_label["train"]) if labels is None else list(labels)
     for name, found_here in by_label.items():
         if unknown := sorted(found_here.keys() - set(labels)):
-            raise ValueError(f"data: {parts[name]} has labels that {parts['train']} lacks: {', '.join(unknown)}")
+            raise ValueError(f"data: {parts[name]} has labels that {known}: {', '.join(unknown)}")
     return Found(
         **{
             name: [Entry(path, labels.index(label)) for label in sorted(videos) for path in videos[label]]

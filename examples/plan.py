@@ -58,7 +58,7 @@ def plan(
         "model": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters,"
         f" {config.num_frames} frames of {config.image_size}²: {kept} of {tokens} tokens kept",
         "memory": f"about {(weights + at_once * of_a_clip) / 1e9:.2f} GB a process: weights, gradients and AdamW"
-        f" {weights / 1e9:.2f}, {at_once} clips at {of_a_clip / 1e6:.0f} MB (float32; half of it for clips in bf16)",
+        f" {weights / 1e9:.2f}, {at_once} clips at {of_a_clip / 1e6:.1f} MB (float32)",
     }
     return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
 
@@ -105,7 +105,7 @@ class Timing(TrainerCallback):
             self.since, self.first = time.perf_counter(), state.global_step
             return
         done = state.global_step - self.first
-        if done == min(_TIMED, state.max_steps - self.first) and state.is_local_process_zero:
+        if done == min(_TIMED, (state.max_steps - self.first) // 2) and state.is_local_process_zero:
             seconds = (time.perf_counter() - self.since) / done
             in_epoch = state.max_steps / max(state.num_train_epochs, 1)
             logger.info(

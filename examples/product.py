@@ -28,6 +28,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import VideoMAEImageProcessor
 
 _PACKAGES = ("everest-tokens", "torch", "torchvision", "transformers", "accelerate", "av", "torchcodec", "datasets")
+# Settings that the card tells in words, or that would tell where somebody keeps what.
+_ABOUT_DATA = ("data", "data_root", "train_list", "eval_list", "model", "labels", "held_out")
 _NAMED = 60  # more labels than this don't fit beside the picture
 
 
@@ -65,27 +67,30 @@ class Scores:
         }
 
 
-def score(labels: Sequence[int], predicted: Sequence[int | None], num_labels: int) -> Scores:
-    """Count predictions; None is a video that couldn't be read."""
-    confusion = np.zeros((num_labels, num_labels), np.int64)
-    for label, prediction in zip(labels, predicted, strict=True):
-        if prediction is not None:
-            confusion[label, prediction] += 1
-    return Scores(confusion, np.bincount(labels, minlength=num_labels))
+def score(labels: Sequence[int], seen: np.ndarray, logits: np.ndarray) -> Scores:
+    """Count predictions.
+
+    Args:
+        labels: of all videos.
+        seen: (N,), of those that were predicted for, in any order; negative where one couldn't be read.
+        logits: (N, C).
+    """
+    number = logits.shape[1]
+    confusion = np.zeros((number, number), np.int64)
+    readable = seen >= 0
+    np.add.at(confusion, (seen[readable], logits[readable].argmax(axis=1)), 1)
+    return Scores(confusion, np.bincount(labels, minlength=number))
 
 
-def write_product(
-    folder: Path, model: Any, recorded: dict[str, Any], labels: Sequence[str], scores: Scores | None
-) -> None:
+def write_product(folder: Path, model: Any, recorded: dict[str, Any], scores: Scores | None) -> None:
     """Write all of the above into the folder of a saved model.
 
     Args:
         model: a patched VideoMAEForVideoClassification.
         recorded: what it was trained with: recipe.json's content.
-        labels: names, in the order of the model's outputs.
         scores: of held-out videos.
     """
-    size = model.config.image_size
+    size, labels = model.config.image_size, list(model.config.id2label.values())
     VideoMAEImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
@@ -154,7 +159,8 @@ def card(
 ) -> ModelCard:
     """The model card; what the run doesn't know (licence, intended use) is left to fill in."""
     source = recorded.get("model")
-    data = Path(recorded.get("data") or recorded.get("train_list") or "data").name
+    given = recorded.get("data") or recorded.get("train_list") or "a list"
+    data = Path(given).resolve().name if Path(given).exists() or given.startswith("/") else given
     results = None
     if scores is not None:
         values = scores.metrics()
@@ -186,7 +192,7 @@ def _text(
     tubelet = config.tubelet_size
     frames = tubelet * model.everest.num_candidates(config.num_frames // tubelet)
     stride = recorded["stride"]
-    apart = f"{stride} frames apart" if stride else "one out of each of as many equal segments of the video"
+    apart = f"{stride} apart" if stride else "one out of each of as many equal segments of the video"
     sampled = frames != config.num_frames
     patched = "et.patch_videomae(pipe.model)  # the selection that it was trained with is in its config"
     if sampled:
@@ -203,11 +209,7 @@ def _text(
             f" {values['unreadable']}). `per_class.csv` and `confusion.csv` have every label.\n\n"
             "![Which label was taken for which](confusion.png)"
         )
-    settings = "\n".join(
-        f"| {key} | {value} |"
-        for key, value in recorded.items()
-        if key not in ("data", "data_root", "train_list", "eval_list", "model", "output_dir")
-    )
+    settings = "\n".join(f"| {key} | {value} |" for key, value in recorded.items() if key not in _ABOUT_DATA)
     shown = ", ".join(labels[:50]) + (f", … ({len(labels)} in all: `config.id2label`)" if len(labels) > 50 else "")
     installed = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
     return f"""# {name}
@@ -230,7 +232,7 @@ pipe = pipeline("video-classification", "{name}")
 pipe("video.mp4")
 ```
 
-With [everest-tokens](https://pypi.org/project/everest-tokens), on the tokens that it was trained on, which is faster:
+With `everest_tokens`, on as many tokens as in training, which is faster:
 
 ```python
 import everest_tokens as et

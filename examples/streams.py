@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from glob import has_magic
@@ -250,12 +250,3 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
                 yield Sample(Path(row.get("__key__") or video["path"] or "a video"), label, video)
             if none:
                 raise ValueError("data: the shards of a process or of a loader's worker hold no samples")
-
-
-def loader_options(stream: TrainingStream, workers: int, collate: Callable[..., Any]) -> dict[str, Any]:
-    """What a DataLoader of a stream has to be given."""
-    return {
-        "batch_size": stream.batch,
-        "num_workers": min(workers, stream.most_workers),
-        "collate_fn": collate,
-    }

@@ -15,7 +15,7 @@ from motion_videos import moving_shape, write_video
 from own_videos import split_off
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
-from hub_videos import find_rows, is_data_set, rows_of  # noqa: E402
+from hub_videos import find_parts, find_rows, is_data_set, rows_of  # noqa: E402
 
 LABELS = ["down", "up"]
 
@@ -84,6 +84,11 @@ class TestRows:
         unlabelled = rows_of(splits, "it", labelled=False)
         assert [row.label for row in unlabelled.train + unlabelled.test] == [None] * 6
 
+    def test_labels_of_a_model_say_the_places(self, files):
+        splits = {"test": table(files, True, [0, 1] * 3, datasets.ClassLabel(names=LABELS))}
+        found = find_parts(splits, "it", ["up", "left", "down"])
+        assert [row.label for row in found.test] == [2, 0] * 3
+
     @pytest.mark.parametrize(
         ("splits", "message"),
         [
@@ -94,7 +99,7 @@ class TestRows:
                     "train": table(files, True, ["a", "b"] * 3, datasets.Value("string")),
                     "test": table(files, True, ["c"] * 6, datasets.Value("string")),
                 },
-                "a label in test that train lacks: c",
+                "a label in test that is not among a, b: c",
             ),
             (lambda files: {"train": datasets.Dataset.from_dict({"label": [0, 1]})}, "one column of videos"),
             (

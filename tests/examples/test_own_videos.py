@@ -70,6 +70,12 @@ class TestFindVideos:
         touch(tmp_path, "train/1.mp4", "val/2.mp4", "test/3.mp4")
         assert names(tmp_path, find_videos(tmp_path, labelled=False).train) == [("train/1.mp4", None)]
 
+    def test_labels_of_a_model_say_the_places(self, tmp_path):
+        touch(tmp_path, "a/1.mp4")
+        assert names(tmp_path, find_videos(tmp_path, labelled=True, labels=["b", "a"]).train) == [("a/1.mp4", 1)]
+        with pytest.raises(ValueError, match="labels that the model wasn't trained on: a"):
+            find_videos(tmp_path, labelled=True, labels=["b", "c"])
+
     def test_links_are_followed_but_not_in_circles(self, tmp_path):
         touch(tmp_path, "elsewhere/1.mp4", "videos/b/2.mp4", "videos/b/deep/3.mp4")
         (tmp_path / "videos" / "a").symlink_to(tmp_path / "elsewhere")

@@ -15,7 +15,7 @@ from motion_videos import moving_shape, write_video
 from torch.utils.data import DataLoader
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
-from streams import TrainingStream, find_held_out, is_shards, loader_options, open_shards, shards_of  # noqa: E402
+from streams import TrainingStream, find_held_out, is_shards, open_shards, shards_of  # noqa: E402
 
 SHARDS, EACH = 4, 3
 
@@ -63,7 +63,8 @@ def stream_of(shards: Path, *, size: int = 32, **settings: Any) -> TrainingStrea
 
 def labels(stream: TrainingStream, workers: int = 0) -> list[list[int]]:
     """Of each batch; [] of one that is skipped."""
-    loader = DataLoader(stream, **loader_options(stream, workers, collate))
+    workers = min(workers, stream.most_workers)
+    loader = DataLoader(stream, batch_size=stream.batch, num_workers=workers, collate_fn=collate)
     return [batch["labels"].flatten().tolist() if batch else [] for batch in loader]
 
 
@@ -159,10 +160,8 @@ class TestTrainingStream:
         assert [int(item["labels"]) for item in list(stream)[8:]] == shown[8:]
 
     def test_no_more_workers_than_shards(self, shards):
-        stream = stream_of(shards)
-        assert loader_options(stream, 9, collate)["num_workers"] == 4
-        halved = stream_of(shards, process=1, processes=2)
-        assert loader_options(halved, 9, collate)["num_workers"] == 2
+        assert stream_of(shards).most_workers == 4
+        assert stream_of(shards, process=1, processes=2).most_workers == 2
         one_by_one = stream_of(shards, steps=12, batch=1)  # three for each worker, as many as its shard holds
         assert sorted(flat(labels(one_by_one, 9))) == list(range(12))
 
@@ -202,5 +201,5 @@ class TestShards:
         found = find_held_out(str(shards), [str(number) for number in range(12)])
         assert [row.label for row in found.test] == [3, 0]
         assert found.val == []
-        with pytest.raises(ValueError, match="a label in test that train lacks: 3"):
+        with pytest.raises(ValueError, match="a label in test that is not among 0, 1: 3"):
             find_held_out(str(shards), ["0", "1"])
