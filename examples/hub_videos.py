@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from in_memory import file_of
-from own_videos import Found
+from own_videos import SUFFIXES, Found
 
 EXTRA = "in a clone, pip install -e '.[data]'"
 # A folder with one of these at its top, or in train/, is a data set and no plain folder of videos.
@@ -150,7 +150,12 @@ def _names(raw: Any, name: str, column: str) -> Iterator[Path]:
 def video_column(features: Any, data: str) -> str:
     """The name of the column of videos. Raises ValueError where there is none, or more than one."""
     datasets = import_datasets()
-    columns = [name for name, kind in (features or {}).items() if isinstance(kind, datasets.Video)]
+    # Older versions take a shard's videos, whose column is named by their suffix, for mere bytes.
+    columns = [
+        name
+        for name, kind in (features or {}).items()
+        if isinstance(kind, datasets.Video) or f".{name.rpartition('.')[2].lower()}" in SUFFIXES
+    ]
     if len(columns) != 1:
         given = ", ".join(features or ()) or "no columns that are known beforehand"
         raise ValueError(f"data: expected one column of videos (datasets.Video), {data} has {len(columns)}: {given}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,11 @@ class TestFindRows:
     def test_videofolder_with_metadata(self, files, tmp_path):
         folder = tmp_path / "set"
         folder.mkdir()
-        lines = ["file_name,label"]
+        lines = []
         for number, path in enumerate(files):
             (folder / f"{number}.mp4").write_bytes(path.read_bytes())
-            lines.append(f"{number}.mp4,{LABELS[number % 2]}")
-        (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+            lines.append(json.dumps({"file_name": f"{number}.mp4", "label": LABELS[number % 2]}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         assert is_data_set(folder)
         found = find_rows(str(folder), labelled=True)
         assert found.labels == LABELS
