@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import tarfile
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from motion_videos import moving_shape, write_video
 from torch.utils.data import DataLoader
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
-from streams import TrainingStream, find_held_out, is_shards, open_shards, shards_of  # noqa: E402
+from streams import TrainingStream, find_held_out, is_shards, open_hub, open_shards, shards_of  # noqa: E402
 
 SHARDS, EACH = 4, 3
 
@@ -56,7 +59,7 @@ def shards(video: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def stream_of(shards: Path, *, size: int = 32, **settings: Any) -> TrainingStream:
+def stream_of(shards: Path | str, *, size: int = 32, **settings: Any) -> TrainingStream:
     cut = ClipCutter(Sampling(2, 1), lambda clip, generator: clip[..., :size, :size])
     return TrainingStream(open_shards(str(shards), labelled=True), cut, **{"steps": 6, "batch": 2, **settings})
 
@@ -172,6 +175,38 @@ class TestTrainingStream:
         assert [item.keys() for item in stream] == [{"pixel_values", "bad"}] * 2
         with pytest.raises(ValueError, match="no column of labels"):
             open_shards(str(tmp_path), labelled=True)
+
+
+class TestElsewhere:
+    def test_shards_behind_a_server(self, shards):
+        handler = functools.partial(QuietHandler, directory=str(shards))
+        with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            try:
+                stream = stream_of(f"http://localhost:{server.server_port}/train-{{000..003}}.tar")
+                assert sorted(flat(labels(stream))) == list(range(12))
+            finally:
+                server.shutdown()
+
+    def test_a_data_set_without_downloading_it(self, video, tmp_path):
+        """From a folder here, which `load_dataset` streams as it does what lies on the hub."""
+        features = datasets.Features(
+            {"clip": datasets.Video(), "kind": datasets.ClassLabel(names=[str(number) for number in range(12)])}
+        )
+        rows = {"clip": [{"path": None, "bytes": video}] * 12, "kind": list(range(12))}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        for shard in range(4):
+            table.shard(4, shard).to_parquet(tmp_path / f"train-{shard:05}-of-00004.parquet")
+        opened = open_hub(str(tmp_path), labelled=True)
+        assert opened.labels == [str(number) for number in range(12)]
+        cut = ClipCutter(Sampling(2, 1), lambda clip, generator: clip)
+        stream = TrainingStream(opened, cut, steps=6, batch=2)
+        assert sorted(flat(labels(stream, 2))) == list(range(12))
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
 
 
 class TestShards:
