@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def written_whole(folder: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # of files, of torch.save, of safetensors
         reason = " ".join(str(error).split())
-        if not isinstance(error, OSError | SafetensorError) and "writ" not in reason:
+        if not isinstance(error, OSError | SafetensorError) and not _of_torch_save(error):
             raise
         if is_checkpoint:
             remove(folder)
@@ -85,6 +86,12 @@ def written_whole(folder: Path) -> Iterator[None]:
             f"{folder} could not be written ({reason}): is the disk full?"
             + (f" {left[-1]} is whole: with more room the same command goes on from it" if left else "")
         ) from error
+
+
+def _of_torch_save(error: RuntimeError) -> bool:
+    # By place: for one and the same full disk it says "unexpected pos", "iostream error" or "failed writing file".
+    places = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+    return torch.serialization.__file__ in places
 
 
 def check_finite(model: Iterable[tuple[str, Tensor]], optimizer: Any, agree: Any) -> None:

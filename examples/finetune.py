@@ -109,6 +109,8 @@ def build_model(recipe: FinetuningRecipe) -> VideoMAEForVideoClassification:
                 num_frames=recipe.num_frames,
                 image_size=recipe.size,
             )
+    if recipe.family:
+        raise ValueError(f"family is of a .pth, {recipe.model} is none")
     model = load_trained(
         VideoMAEForVideoClassification,
         recipe.model,

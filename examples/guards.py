@@ -6,7 +6,7 @@
 | 1 | a fault in the scripts, with a traceback |
 | 2 | wrong settings, or too much of the list unreadable |
 | 3 | the training diverged; run again with a lower rate, it goes on from the last checkpoint |
-| 4 | the machine failed: memory or disk; run again as it is |
+| 4 | the machine failed: memory, disk or another process of the run; run again as it is |
 | 143 | SIGTERM (128 + 15), after a checkpoint; run again as it is, or let Slurm requeue it |
 """
 
@@ -225,3 +225,10 @@ def worker_killed(error: BaseException, left: str) -> MachineFailed:
         "Most likely memory ran out: take fewer of them (--dataloader_num_workers), or enlarge shared memory (/dev/shm,"
         " docker's --shm-size) if it is a bus error\n" + left
     )
+
+
+def peer_lost(error: BaseException) -> MachineFailed | None:
+    """What to say where another process of the run has ended, as gloo notices; None for other errors."""
+    if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")):
+        return None
+    return MachineFailed("another process of this run is gone, and will have said why")

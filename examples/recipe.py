@@ -134,6 +134,8 @@ def parse(kind: type[FreshOr], arguments: list[str], defaults: dict[str, Any]) -
         values |= {"epochs": 1.0, "warmup_epochs": 0.0, "output_dir": f"{values['output_dir']}-limit{values['limit']}"}
     recipe = kind(**{item.name: values[item.name] for item in fields(kind)})
     _check(recipe)
+    for name in sorted(line & {"patch_size", "decoder_depth"}) if values["model"] else ():
+        raise ValueError(f"{name} is of a model that is built anew, {values['model']} has its own")
     training = TrainingArguments(**settle(values, line, file))
     training.per_device_train_batch_size = _videos_at_once(recipe, training)
     return recipe, training
@@ -315,7 +317,8 @@ def load_trained(kind: Any, model: str, new: tuple[str, ...] = (), **settings: A
     """
     with loading(model):
         loaded, found = kind.from_pretrained(model, output_loading_info=True, **settings)
-    names = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    others = found["mismatched_keys"]  # (name, shape, shape), or names in older versions
+    names = [*found["missing_keys"], *(other if isinstance(other, str) else other[0] for other in others)]
     if random := sorted(name for name in names if not name.startswith(new)):
         some = ", ".join(random[:3]) + (", …" if len(random) > 3 else "")
         raise ValueError(f"model: {model} lacks weights of a {kind.__name__}, which would be random: {some}")

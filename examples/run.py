@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from checkpoints import checkpoint_to_resume
 from data import Data
-from guards import RunEnded, alone_in, worker_died, worker_killed
+from guards import MachineFailed, RunEnded, alone_in, peer_lost, worker_died, worker_killed
 from plan import Timing, plan
 from recipe import FinetuningRecipe, Recipe
 from recorded import check_goes_on, write
@@ -54,13 +55,14 @@ def tell(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     except RunEnded as error:
         status, message = error.status, str(error)
     except (ValueError, OSError, ImportError) as error:
-        status, message = 2, str(error)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        status, message = MachineFailed.status if full else 2, str(error)
         if "\nOriginal Traceback " in message:  # of a loader's worker, as text
             message = message.rpartition(f"\n{type(error).__name__}: ")[2].strip()
     except RuntimeError as error:
-        if not worker_died(error):
+        failed = worker_killed(error, "Run it again as it is") if worker_died(error) else peer_lost(error)
+        if failed is None:
             raise
-        failed = worker_killed(error, "Nothing is written: run it again")
         status, message = failed.status, str(failed)
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -96,16 +98,18 @@ def train(trainer: VideoTrainer, recipe: Recipe, data: Data) -> None:
             given = training.resume_from_checkpoint
             if given and not Path(given).is_dir():
                 raise ValueError(f"resume_from_checkpoint: {given} is no folder")
-            checkpoint = given or checkpoint_to_resume(folder)
+            checkpoint = checkpoint_to_resume(folder)
+            if given and (checkpoint is None or Path(given).resolve().parent == folder.resolve()):
+                checkpoint = given  # else the run that began from it has come further
             check_goes_on(checkpoint, training.output_dir, trainer.recorded)
             if training.process_index == 0:
                 write(folder, trainer.recorded)
                 logger.info("%s", _plan(trainer, recipe, data))
         trainer.add_callback(Timing())
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
         if trainer.eval_dataset is not None:
             trainer.log_metrics("eval", trainer.evaluate())
-        trainer.save_model()
         trainer.check_bad_videos(data.videos)
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainer import VideoTrainer
-from training_runs import ON_CPU, TINY, assert_same, last_state, losses, video_trainer, weights
+from training_runs import ON_CPU, TINY, assert_same, forked, last_state, losses, video_trainer, weights
 from transformers import TrainerCallback, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
@@ -249,6 +249,18 @@ class TestSigterm:
             assert not (tmp_path / "model.safetensors").exists()  # which would look like the end of the run
         assert_the_same_run(tmp_path, uninterrupted)
 
+    def test_a_run_that_began_from_anothers_checkpoint_goes_on_from_its_own(
+        self, videos, uninterrupted, tmp_path, monkeypatch, caplog
+    ):
+        arguments = eight_steps(videos, tmp_path, "--resume_from_checkpoint", uninterrupted / "checkpoint-6")
+        in_the_step(monkeypatch, 7, terminate)
+        assert pretrain.main(arguments) == 143
+        monkeypatch.undo()
+        caplog.clear()
+        assert pretrain.main(arguments) == 0
+        assert f"going on from {tmp_path}/checkpoint-7; another --output_dir starts a new run" in caplog.messages
+        assert_the_same_run(tmp_path, uninterrupted)
+
     @pytest.mark.parametrize(
         ("step", "settings"),
         [(3, {"save_strategy": "no"}), (4, {"save_strategy": "epoch"}),
@@ -323,6 +335,23 @@ class TestKilledLoader:
         monkeypatch.undo()
         assert pretrain.main(eight_steps(videos, tmp_path, *loaders)) == 0
         assert_the_same_run(tmp_path, uninterrupted)
+
+    def test_of_several_processes_the_others_end_too(self, videos, tmp_path, monkeypatch, capfd):
+        """With the last checkpoint: they are in the midst of a step, which takes the one that fails."""
+        read = TrainingClips.__getitem__
+
+        def read_or_die(data: Any, i: int) -> Any:
+            if int(data._epoch) == 1 and os.environ.get("RANK") == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read(data, i)
+
+        monkeypatch.setattr(TrainingClips, "__getitem__", read_or_die)
+        arguments = eight_steps(videos, tmp_path, "--dataloader_num_workers", "1")
+        assert forked(lambda: pretrain.main(arguments), processes=2) == [4, 4]
+        said = capfd.readouterr().err
+        assert f"the same command goes on from {tmp_path}/checkpoint-3" in said
+        assert "another process of this run is gone" in said
+        assert "Traceback" not in said
 
     def test_what_a_worker_raises_is_one_line(self, videos, tmp_path, capfd):
         broken = tmp_path / "broken.csv"

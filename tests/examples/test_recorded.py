@@ -143,7 +143,8 @@ class TestRandomWeights:
         ViTForImageClassification(ViTConfig(image_size=64, **small)).save_pretrained(tmp_path / "vit")
         line = run(finetune, capfd, "--model", tmp_path / "vit", "--num_labels", 4, "--train_list", videos,
                    "--output_dir", tmp_path / "out", *ON_CPU)  # fmt: skip
-        assert f"model: {tmp_path}/vit lacks weights of a VideoMAEForVideoClassification" in line
+        assert f"model: {tmp_path}/vit " in line
+        assert "lacks weights of a VideoMAEForVideoClassification" in line or "can't be loaded" in line  # by version
 
     def test_what_is_trained_is_taken(self, untrained):
         """With query and value biases, which files name otherwise than models; and patched, as training leaves it."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -64,6 +66,12 @@ def in_a_file(folder: Path, section: str, **settings: Any) -> str:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({section: settings}))
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    with mock.patch.dict(os.environ):  # where older TrainingArguments leave precision and compiler for accelerate
+        yield
 
 
 @pytest.mark.parametrize("place", ["command line", "recipe"])

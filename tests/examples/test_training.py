@@ -370,7 +370,7 @@ def test_a_loader_that_is_killed_in_a_test_is_three_lines(ucf, lists, finetuned,
     first, second, third = capfd.readouterr().err.splitlines()[-3:]
     assert "a process that decodes videos was killed: DataLoader worker" in first
     assert "--dataloader_num_workers" in second
-    assert third == "Nothing is written: run it again"
+    assert third == "Run it again as it is"
 
 
 # --- wrong settings ---
@@ -420,6 +420,12 @@ class TestWrongSettings:
              ["model: {pretrained} takes 8 frames of 64² pixels", "size 32"]),
             ("pretrain", "{tiny} --train_list {list} --model {pth} --size 48", ["model: {pth}", "pixel decoder"]),
             ("finetune", "{tiny} --train_list {list} --data {here} --num_labels 4", ["data and train_list both"]),
+            ("pretrain", "{tiny} --train_list {list} --model {pretrained} --decoder_depth 4",
+             ["decoder_depth is of a model that is built anew"]),
+            ("finetune", "{tiny} --train_list {list} --model {pretrained} --num_labels 4 --patch_size 8",
+             ["patch_size is of a model that is built anew, {pretrained} has its own"]),
+            ("finetune", "{tiny} --train_list {list} --model {pretrained} --num_labels 4 --family mvd",
+             ["family is of a .pth, {pretrained} is none"]),
             ("finetune", "{tiny} --train_list {list} --model {pretrained}", ["num_labels"]),
             ("finetune", "{tiny} --train_list {seven} --model {pretrained} --num_labels 4",
              ["{seven}:1", "at most 3 (4 labels)", "7"]),
