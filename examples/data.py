@@ -56,7 +56,7 @@ def find(data: str, *, labelled: bool, labels: Sequence[str] | None = None) -> F
     if Path(data).is_dir():
         look = hub_videos.find_rows if hub_videos.is_data_set(Path(data)) else find_videos
         return look(data, labelled=labelled, labels=labels)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data):
         raise ValueError(f"data: there is no folder {data}")
     try:
         hub_videos.import_datasets()

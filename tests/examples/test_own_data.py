@@ -219,7 +219,8 @@ class TestFitted:
         [
             ([], "data is not set: a folder of videos"),
             (["--data", "{videos}", "--train_list", "x"], "one of them"),
-            (["--data", "./nothing/here/at/all"], "data: there is no folder ./nothing/here/at/all"),
+            (["--data", "./nothing"], "data: there is no folder ./nothing"),
+            (["--data", "nothing"], "data: nothing is no folder"),
             (["--data", "{videos}/a"], "expected a folder for each label"),
             (["--data", "{videos}", "--val_fraction", "1"], "val_fraction must be between 0 and 1"),
             (["--data", "{videos}", "--load_best_model_at_end", "true"], "val_fraction"),
