@@ -95,7 +95,9 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
     with counting(root) as counter:
         running(torch.empty(shape, dtype=torch.float32, device="meta"), **given)
     # PEFT's modules_to_save puts the copy that runs where the model's own part was.
-    by_module = {re.sub(r"\.modules_to_save\.[^.]+", "", name): each for name, each in counter.get_flop_counts().items()}
+    by_module = {
+        re.sub(r"\.modules_to_save\.[^.]+", "", name): each for name, each in counter.get_flop_counts().items()
+    }
 
     def spent(*paths: str) -> int:
         names = (f"{type(running).__name__}.{path}" for path in paths)

@@ -8,8 +8,9 @@ memory and of the traffic between processes, until they are on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -79,25 +80,67 @@ def view_frame_numbers(length: int, sampling: Sampling, clips: int) -> list[list
 # --- Training ---
 
 
+class ClipCutter:
+    """Cuts augmented clips out of the first of some videos that can be read.
+
+    The item is `{"pixel_values": uint8 (repeats, T, 3, S, S), "labels": int64 (repeats,), "bad": [(path, reason), …]}`,
+    without "labels" where the video has none. It is decoded once, and `geometry` drawn `repeats` times (repeated
+    augmentation, Hoffer et al. 2020). "bad" names the videos before it and why each was passed over.
+
+    Args:
+        sampling: which frames.
+        geometry: (clip uint8 (T, 3, H, W), generator) → uint8 (T, 3, S, S), such as `TrainingGeometry`.
+        repeats: clips of each decoded video.
+        short_side: frames are decoded at this short side, if larger (see `read_frames`). By default at
+            geometry.size / min(geometry.scales) where it has these, so that the smallest crop is not enlarged; 0: at
+            their own size.
+
+    Raises:
+        ValueError: repeats or short_side out of range. On a call: none of the videos, or of the first 32, can be read.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        geometry: Callable[[Tensor, torch.Generator], Tensor],
+        repeats: int = 1,
+        short_side: int | None = None,
+    ) -> None:
+        if repeats < 1:
+            raise ValueError(f"repeats must be a positive integer, got {repeats!r}")
+        if short_side is not None and short_side < 0:
+            raise ValueError(f"short_side must be 0 (own size) or a number of pixels, got {short_side!r}")
+        self.sampling, self.geometry, self.repeats = sampling, geometry, repeats
+        self.short_side = _needed_short_side(geometry) if short_side is None else short_side or None
+
+    def __call__(self, candidates: Iterable[Entry], generator: torch.Generator) -> dict[str, Any]:
+        def choose(length: int) -> list[int]:
+            return frame_numbers(length, self.sampling, generator=generator)
+
+        bad: list[tuple[str, str]] = []
+        for entry in islice(candidates, MAX_REPLACEMENTS):
+            clip, problem = _read(entry, choose, self.short_side)
+            if clip is not None:
+                clips = torch.stack([self.geometry(clip, generator) for _ in range(self.repeats)])
+                item = {"pixel_values": clips, "bad": bad}
+                return item if entry.label is None else {**item, "labels": torch.full((self.repeats,), entry.label)}
+            bad.append((str(entry.path), problem))
+        reasons = "".join(f"\n  {reason}" for _, reason in bad[:5])
+        raise ValueError(f"expected videos that can be read, got {len(bad)} in a row that cannot:{reasons}")
+
+
 class TrainingClips(Dataset[dict[str, Any]]):
     """Random augmented clips of the videos in a list.
 
-    Item i is `{"pixel_values": uint8 (repeats, T, 3, S, S), "labels": int64 (repeats,), "bad": [(path, reason), …]}`,
-    without "labels" where the list has none. The video is decoded once, and `geometry` drawn `repeats` times (repeated
-    augmentation, Hoffer et al. 2020). Where video i is unreadable the item shows another of the list, with that one's
-    own label, and "bad" names video i and why (and any other that was tried).
+    Item i is `ClipCutter`'s of video i. Where it is unreadable the item shows another of the list, with that one's own
+    label, and "bad" names video i and why (and any other that was tried).
 
     The item depends on (seed, epoch, i) alone, whichever worker makes it. `set_epoch` reaches running workers too.
 
     Args:
         entries: of `read_list`; all labelled or none.
-        sampling: which frames.
-        geometry: (clip uint8 (T, 3, H, W), generator) → uint8 (T, 3, S, S), such as `TrainingGeometry`.
-        repeats: clips of each decoded video.
+        sampling, geometry, repeats, short_side: as `ClipCutter`'s.
         seed: of all that is random here.
-        short_side: frames are decoded at this short side, if larger (see `read_frames`). By default at
-            geometry.size / min(geometry.scales) where it has these, so that the smallest crop is not enlarged; 0: at
-            their own size.
 
     Raises:
         ValueError: no entries, some labelled and some not, or repeats, seed or short_side out of range. On an item: 32
@@ -115,17 +158,12 @@ class TrainingClips(Dataset[dict[str, Any]]):
         short_side: int | None = None,
     ) -> None:
         _check_entries(entries)
-        if repeats < 1:
-            raise ValueError(f"repeats must be a positive integer, got {repeats!r}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed!r}")
-        if short_side is not None and short_side < 0:
-            raise ValueError(f"short_side must be 0 (own size) or a number of pixels, got {short_side!r}")
         if len({entry.label is None for entry in entries}) > 1:
             raise ValueError("expected entries that are all labelled or all unlabelled, got both")
-        self.entries, self.sampling, self.geometry = entries, sampling, geometry
-        self.repeats, self.seed = repeats, seed
-        self.short_side = _needed_short_side(geometry) if short_side is None else short_side or None
+        self.entries, self.seed = entries, seed
+        self.cut = ClipCutter(sampling, geometry, repeats, short_side)
         # In shared memory, because persistent workers keep their copy of the data set from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -133,37 +171,28 @@ class TrainingClips(Dataset[dict[str, Any]]):
         """Change what is drawn. accelerate's data loaders call this at the start of each epoch."""
         self._epoch.fill_(epoch)
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        generator = item_generator(self.seed, int(self._epoch), i)
+        generator = item_generator(self.seed, self.epoch, i)
+        return self.cut(self._candidates(i, generator), generator)
 
-        def choose(length: int) -> list[int]:
-            return frame_numbers(length, self.sampling, generator=generator)
-
-        bad: list[tuple[str, str]] = []
-        for entry in self._candidates(i, generator):
-            clip, problem = _read(entry, choose, self.short_side)
-            if clip is not None:
-                clips = torch.stack([self.geometry(clip, generator) for _ in range(self.repeats)])
-                item = {"pixel_values": clips, "bad": bad}
-                return item if entry.label is None else {**item, "labels": torch.full((self.repeats,), entry.label)}
-            bad.append((str(entry.path), problem))
-        reasons = "".join(f"\n  {reason}" for _, reason in bad[:5])
-        raise ValueError(f"expected videos that can be read, got {len(bad)} in a row that cannot:{reasons}")
-
-    def _candidates(self, i: int, generator: torch.Generator) -> Any:
+    def _candidates(self, i: int, generator: torch.Generator) -> Iterator[Entry]:
         """Entry i, and if that won't do others at random, each once."""
         yield self.entries[i]
         others = torch.randperm(len(self.entries), generator=generator).tolist()
         others.remove(i % len(self.entries))
-        yield from (self.entries[other] for other in others[: MAX_REPLACEMENTS - 1])
+        yield from (self.entries[other] for other in others)
 
 
-def item_generator(seed: int, epoch: int, i: int) -> torch.Generator:
-    """What is random in item i: first the frames are drawn, then the geometry."""
-    state = np.random.SeedSequence((seed, epoch, i)).generate_state(1, np.uint32)
+def item_generator(seed: int, epoch: int, *place: int) -> torch.Generator:
+    """What is random in the item of a place: first the frames are drawn, then the geometry."""
+    state = np.random.SeedSequence((seed, epoch, *place)).generate_state(1, np.uint32)
     return torch.Generator().manual_seed(int(state[0]))
 
 
@@ -266,7 +295,9 @@ def _check_entries(entries: Sequence[Entry]) -> None:
 def _read(entry: Entry, choose: Callable[[int], list[int]], short_side: int | None) -> tuple[Tensor | None, str]:
     """(frames uint8 (N, 3, H, W), "") of an entry's video or part of it, or (None, why there are none)."""
     part = None if entry.start is None or entry.end is None else (entry.start, entry.end)
+    path = entry.path
     try:
-        return read_frames(entry.path, choose, short_side=short_side, part=part, max_lost=MAX_LOST), ""
+        with entry.local() as path:
+            return read_frames(path, choose, short_side=short_side, part=part, max_lost=MAX_LOST), ""
     except (ValueError, OSError) as error:  # what is wrong with a file; a missing decoder is an ImportError
-        return None, str(error) or repr(error)
+        return None, str(error).replace(str(path), str(entry.path)) or repr(error)

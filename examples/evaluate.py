@@ -1,9 +1,11 @@
 """Test a fine-tuned VideoMAE on several views of each video: temporal clips × crops, the mean of their softmax.
 
+    python examples/evaluate.py examples/recipes/own.yaml --model fine-tuned --data videos
     python examples/evaluate.py examples/recipes/ucf101.yaml --model fine-tuned --test_list lists/test.csv \\
         --data_root videos --predictions predictions.jsonl
 
-One process or several (torchrun, accelerate launch). A video that can't be read counts as wrong and is reported.
+Of `--data` the test part is tested, else val, else what was held out of it when the model was trained. One process or
+several (torchrun, accelerate launch). A video that can't be read counts as wrong and is reported.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import torch
 from accelerate import Accelerator
 from augmentation import BatchAugmentation
 from clips import Sampling, TestViews, collate
+from data import find, held_out_of
 from recipe import SettingsParser, frames_of, load_trained, read_section
 from recorded import read
 from run import tell
+from streams import find_held_out, is_shards
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,7 +46,8 @@ class TestRecipe:
     """Settings of a test; clips and crops are the recipe's (Table 8), the rest is what the model was trained with."""
 
     model: str = _setting("", "folder that finetune.py wrote, or a hub id")
-    test_list: str = _setting("", "list of videos, one a line: path label [start end]")
+    data: str | None = _setting(None, "folder of videos, Hugging Face data set or folder of shards, see data.py")
+    test_list: str | None = _setting(None, "in place of data a list of videos, one a line: path label [start end]")
     data_root: str | None = _setting(None, "folder that the list's paths are relative to; its own if not given")
     clips: int = _setting(5, "temporal clips of a video")
     crops: int = _setting(3, "spatial crops of a clip, 1 or 3")
@@ -74,7 +79,7 @@ def run(arguments: list[str]) -> None:
     accelerator = Accelerator(cpu=recipe.use_cpu)
     model = load_trained(VideoMAEForVideoClassification, recipe.model)
     trained = settle(recipe)
-    entries = read_list(recipe.test_list, recipe.data_root, labelled=True, num_labels=model.config.num_labels)
+    entries = find_entries(recipe, model, trained)
     et.patch_videomae(model, None if recipe.keep_ratio is None else et.ReRoSelector(recipe.keep_ratio))
     views = TestViews(
         entries, Sampling(frames_of(model), recipe.stride or None), recipe.clips, recipe.crops, model.config.image_size
@@ -113,9 +118,12 @@ def parse(arguments: list[str]) -> TestRecipe:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="settings, see examples/recipes/")
     values, _, _ = read_section(parser, "testing", arguments)
     recipe = TestRecipe(**{item.name: values[item.name] for item in fields(TestRecipe)})
-    for name in ("model", "test_list"):
-        if not getattr(recipe, name):
-            raise ValueError(f"{name} is not set (see --help)")
+    if not recipe.model:
+        raise ValueError("model is not set (see --help)")
+    if recipe.data is None and recipe.test_list is None:
+        raise ValueError("data is not set: a folder of videos (or test_list: a file with a video a line)")
+    if recipe.data is not None and recipe.test_list is not None:
+        raise ValueError("data and test_list both say what is tested: give one of them")
     for name, least in {"clips": 1, "views_at_once": 1, "stride": 0, "dataloader_num_workers": 0}.items():
         if (getattr(recipe, name) or 0) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
@@ -136,6 +144,31 @@ def settle(recipe: TestRecipe) -> dict[str, Any]:
         if not trained:
             logger.warning("nothing in %s says how it was trained: it is tested with stride 4", recipe.model)
     return trained
+
+
+def find_entries(recipe: TestRecipe, model: Any, trained: dict[str, Any]) -> list[Entry]:
+    """The videos to test on, with labels as the model numbers them: of `data`, what it wasn't trained on.
+
+    Raises:
+        ValueError: there are none, or they have labels that the model doesn't know.
+    """
+    if recipe.data is None:
+        return read_list(recipe.test_list, recipe.data_root, labelled=True, num_labels=model.config.num_labels)
+    labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    found = (
+        find_held_out(recipe.data, labels)
+        if is_shards(recipe.data)
+        else find(recipe.data, labelled=True, labels=labels)
+    )
+    held_out = held_out_of(found.train, trained.get("held_out", []), recipe.data)
+    for what, entries in (("test", found.test), ("val", found.val), ("what was held out", held_out)):
+        if entries:
+            logger.info("tested: %s of %s, %d videos", what, recipe.data, len(entries))
+            return entries
+    if not found.train:
+        raise ValueError(f"data: {recipe.data} has no videos to test on")
+    logger.warning("no test, no val, nothing known to be held out: all %d videos are tested", len(found.train))
+    return found.train
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
-"""Pre-train a VideoMAE with EVEREST on a list of videos.
+"""Pre-train a VideoMAE with EVEREST on a folder or a list of videos.
 
+    python examples/pretrain.py examples/recipes/own.yaml --data videos --output_dir run
     python examples/pretrain.py examples/recipes/ucf101.yaml --train_list lists/train.csv --data_root videos \\
         --output_dir run
 
@@ -13,23 +14,23 @@ import sys
 from pathlib import Path
 
 from augmentation import BatchAugmentation, TrainingGeometry
-from clips import Sampling, TrainingClips, collate
+from clips import Sampling, collate
+from data import load_data, training_set
 from recipe import (
     PretrainingRecipe,
     check_fit,
     config_of,
+    fit,
     frames_of,
     load_trained,
     loading,
     parse,
     selection_of,
-    set_warmup,
 )
 from recorded import record
 from run import TRAINING_DEFAULTS, check_found, tell, train
 from trainer import VideoTrainer
 from transformers import VideoMAEForPreTraining, set_seed
-from video_list import read_list
 
 import everest_tokens as et
 
@@ -41,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> None:
     recipe, training = parse(PretrainingRecipe, arguments, TRAINING_DEFAULTS)
-    entries = read_list(recipe.train_list, recipe.data_root, labelled=False)
-    set_warmup(training, recipe, len(entries))
+    data = load_data(recipe, training)
+    fit(training, recipe, data)
     set_seed(training.seed)
     model = build_model(recipe)
     et.patch_videomae(model, mask_ratio=recipe.mask_ratio, **selection_of(recipe))
@@ -50,20 +51,21 @@ def run(arguments: list[str]) -> None:
         model,
         training,
         data_collator=collate,
-        train_dataset=TrainingClips(
-            entries,
+        train_dataset=training_set(
+            data,
+            recipe,
+            training,
             Sampling(frames_of(model), recipe.stride or None),
             TrainingGeometry(model.config.image_size, flip=recipe.flip),
-            repeats=recipe.repeats,
-            seed=training.seed,
         ),
         augmentation=BatchAugmentation(),
         max_bad_fraction=recipe.max_bad_fraction,
         max_bad_steps=recipe.max_bad_steps,
         recorded=record(recipe, training),
     )
-    check_found(entries, "train_list")
-    train(trainer, len(entries))
+    if recipe.train_list:
+        check_found(data.train, "train_list")
+    train(trainer, recipe, data)
 
 
 def build_model(recipe: PretrainingRecipe) -> VideoMAEForPreTraining:

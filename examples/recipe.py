@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
+from data import Data
 from trainer_settings import settle
 from transformers import HfArgumentParser, TrainingArguments, VideoMAEConfig
+from transformers.trainer_utils import IntervalStrategy
 
 import everest_tokens as et
+
+logger = logging.getLogger(__name__)
 
 # width, depth, heads, decoder width, decoder heads; the paper's ViT-S/B/L, and one for trying things out on a CPU
 BACKBONES = {
@@ -39,8 +44,13 @@ class Recipe:
 
     section: ClassVar[str]  # of the YAML file
 
-    train_list: str = _setting("", "list of videos, one a line: path [label] [start end]")
+    data: str | None = _setting(None, "folder of videos, Hugging Face data set or WebDataset shards, see data.py")
+    train_list: str | None = _setting(None, "in place of data a list of videos, one a line: path [label] [start end]")
     data_root: str | None = _setting(None, "folder that the lists' paths are relative to; theirs if not given")
+    limit: int = _setting(0, "a trial of the whole way: one epoch on so many clips, in a folder of its own; 0 is off")
+    streaming: bool = _setting(False, "read a data set of the hub without downloading it")
+    clips_per_epoch: int = _setting(0, "clips of a stream that make an epoch; 0: as many as it says that it has")
+    shuffle_buffer: int = _setting(100, "clips of a stream, undecoded, among which each worker draws")
     backbone: str = _setting("base", f"size of the model: {', '.join(BACKBONES)}; also chooses the recipe's values")
     num_frames: int = _setting(16, "frames of a clip")
     size: int = _setting(224, "side of a frame in pixels")
@@ -74,10 +84,13 @@ class PretrainingRecipe(Recipe):
 class FinetuningRecipe(Recipe):
     section = "finetuning"
 
-    model: str = _setting("", "pre-trained folder, hub id or .pth of the VideoMAE family")
+    model: str | None = _setting(None, "pre-trained folder, hub id or .pth; a new model of `backbone` if not given")
     family: str | None = _setting(None, "of a .pth that doesn't tell: videomae, videomaev2, mme, mvd or everest")
-    num_labels: int = _setting(0, "classes of the data set")
+    num_labels: int = _setting(0, "classes of the lists; data says how many it has")
     eval_list: str | None = _setting(None, "list of videos for an evaluation after each epoch, one central clip each")
+    val_fraction: float = _setting(0.0, "share of the videos that is held out for this, where none are given")
+    balanced: bool = _setting(False, "draw all labels equally often")
+    early_stopping: int = _setting(0, "end after so many evaluations without a better accuracy; 0 is off")
     keep_ratio: float = _setting(0.6, Recipe.__dataclass_fields__["keep_ratio"].metadata["help"])
     layer_decay: float = _setting(0.75, "factor on the learning rate from a block to the one below it")
     label_smoothing: float = _setting(0.1, "share of the target that is spread over all classes")
@@ -117,6 +130,8 @@ def parse(kind: type[FreshOr], arguments: list[str], defaults: dict[str, Any]) -
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help="settings, see examples/recipes/")
     parser.set_defaults(**defaults)
     values, line, file = read_section(parser, kind.section, arguments)
+    if values["limit"]:
+        values |= {"epochs": 1.0, "warmup_epochs": 0.0, "output_dir": f"{values['output_dir']}-limit{values['limit']}"}
     recipe = kind(**{item.name: values[item.name] for item in fields(kind)})
     _check(recipe)
     for name in sorted(line & {"patch_size", "decoder_depth"}) if values["model"] else ():
@@ -184,8 +199,18 @@ def _check(recipe: Recipe) -> None:
     least = dict.fromkeys(
         ("num_frames", "size", "patch_size", "repeats", "batch_size", "decoder_depth", "max_bad_steps"), 1
     )
-    least |= {"stride": 0, "alpha": 0, "mixup": 0, "cutmix": 0, "warmup_epochs": 0}
-    shares = ("keep_ratio", "mask_ratio", "max_bad_fraction", "label_smoothing", "drop_path", "erasing", "layer_decay")
+    least |= {"stride": 0, "alpha": 0, "mixup": 0, "cutmix": 0, "warmup_epochs": 0, "limit": 0, "clips_per_epoch": 0}
+    least |= {"shuffle_buffer": 1, "early_stopping": 0}
+    shares = (
+        "val_fraction",
+        "keep_ratio",
+        "mask_ratio",
+        "max_bad_fraction",
+        "label_smoothing",
+        "drop_path",
+        "erasing",
+        "layer_decay",
+    )
     for name, value in vars(recipe).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -197,14 +222,18 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
     if recipe.backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {recipe.backbone!r}")
-    if not recipe.train_list:
-        raise ValueError("train_list is not set: a file with a video a line")
+    if recipe.data is None and recipe.train_list is None:
+        raise ValueError("data is not set: a folder of videos (or train_list: a file with a video a line)")
+    if recipe.data is not None and recipe.train_list is not None:
+        raise ValueError("data and train_list both say what is trained on: give one of them")
+    if recipe.data is None:
+        for name in ("streaming", "clips_per_epoch"):
+            if getattr(recipe, name):
+                raise ValueError(f"{name} goes with data, not with lists")
     if recipe.batch_size % recipe.repeats:
         raise ValueError(f"batch_size {recipe.batch_size} is no multiple of repeats {recipe.repeats}")
     if isinstance(recipe, FinetuningRecipe):
-        if not recipe.model:
-            raise ValueError("model is not set: a pre-trained folder, hub id or .pth to fine-tune")
-        if recipe.num_labels < 2:
+        if recipe.data is None and recipe.num_labels < 2:
             raise ValueError(f"num_labels must be at least 2, got {recipe.num_labels}: the classes of train_list")
         if len(recipe.randaugment) != 2:
             raise ValueError(f"randaugment must be a magnitude and a standard deviation, got {recipe.randaugment}")
@@ -227,11 +256,46 @@ def _videos_at_once(recipe: Recipe, training: TrainingArguments) -> int:
     return videos
 
 
+def fit(training: TrainingArguments, recipe: Recipe, data: Data) -> None:
+    """Fit what the data decides: labels, warm-up, and with `data` or `limit` a batch of no more clips than there are.
+
+    Each change has a line in the log.
+
+    Raises:
+        ValueError: the data is less than a batch, or an evaluation is asked for and nothing held out.
+    """
+    if isinstance(recipe, FinetuningRecipe):
+        if recipe.data is not None:
+            if recipe.num_labels not in (0, len(data.labels)):
+                logger.warning("num_labels is %d, as many as %s has", len(data.labels), recipe.data)
+            recipe.num_labels = len(data.labels)
+        if not data.held_out:
+            if training.load_best_model_at_end or training.eval_strategy == IntervalStrategy.STEPS:
+                raise ValueError("nothing is held out for the evaluation during training: give val_fraction")
+            training.eval_strategy, training.do_eval = IntervalStrategy.NO, False
+        if recipe.early_stopping and not (
+            training.load_best_model_at_end and training.metric_for_best_model == "accuracy"
+        ):
+            raise ValueError("early_stopping needs load_best_model_at_end, and metric_for_best_model accuracy")
+        training.restore_callback_states_from_checkpoint = bool(recipe.early_stopping)  # how many were no better
+    if recipe.data is not None or recipe.limit:
+        parts = training.world_size * max(1, training.n_gpu) * training.gradient_accumulation_steps * recipe.repeats
+        most = data.videos * recipe.repeats // parts * parts
+        if 0 < most < recipe.batch_size:
+            logger.warning("batch_size is %d, there are no more clips", most)
+            if training.learning_rate == recipe.base_lr * recipe.batch_size / 256:
+                training.learning_rate = recipe.base_lr * most / 256
+            recipe.batch_size = most
+            training.per_device_train_batch_size = _videos_at_once(recipe, training)
+    set_warmup(training, recipe, data.videos)
+
+
 def set_warmup(training: TrainingArguments, recipe: Recipe, videos: int) -> None:
     """The warm-up in steps, now that the list's length is known. Raises ValueError for a list shorter than a batch."""
     batch = recipe.batch_size // recipe.repeats
     if videos < batch:
-        raise ValueError(f"train_list has {videos} videos, fewer than a batch of {batch}: lower batch_size")
+        what = "train_list" if recipe.data is None else f"data {recipe.data}"
+        raise ValueError(f"{what} has {videos} videos, fewer than a batch of {batch}: lower batch_size")
     training.warmup_steps = round(recipe.warmup_epochs * (videos // batch))
 
 
@@ -298,6 +362,5 @@ def config_of(recipe: Recipe, **overrides: Any) -> VideoMAEConfig:
         decoder_num_attention_heads=decoder_heads,
         decoder_intermediate_size=4 * decoder_width,
         layer_norm_eps=1e-6,
-        use_mean_pooling=False,
-        **overrides,
+        **{"use_mean_pooling": False, **overrides},
     )

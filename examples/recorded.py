@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipe import Recipe
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 
@@ -22,14 +22,18 @@ _RATES = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps
 _REST = ("optim", "lr_scheduler_type", "max_steps", "seed")
 # What can't change within a run: the model's shape, and what its place in the schedule is counted in.
 _FIXED = (
-    *("backbone", "num_frames", "size", "patch_size", "decoder_depth", "num_labels"),
+    *("backbone", "num_frames", "size", "patch_size", "decoder_depth", "num_labels", "labels"),
     *("batch_size", "repeats", "optim"),
 )
 
 
-def record(recipe: Recipe, training: TrainingArguments) -> dict[str, Any]:
-    """All that a model is trained with, for JSON: section, settings, rates, mean and deviation of pixels."""
-    settings = {"section": recipe.section, **vars(recipe)}
+def record(
+    recipe: Any, training: TrainingArguments, labels: Sequence[str] = (), held_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All that a model is trained with, for JSON: section, settings, rates, mean and deviation of pixels, names of the
+    labels, and of videos that were held out.
+    """
+    settings = {"section": recipe.section, **vars(recipe), "labels": labels, "held_out": held_out}
     settings |= {name: getattr(training, name) for name in (*_RATES, *_REST)}
     return json.loads(json.dumps(settings | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,10 @@ from typing import Any, NoReturn
 
 import torch
 from checkpoints import checkpoint_to_resume
+from data import Data
 from guards import MachineFailed, RunEnded, alone_in, peer_lost, worker_died, worker_killed
+from plan import Timing, plan
+from recipe import FinetuningRecipe, Recipe
 from recorded import check_goes_on, write
 from trainer import VideoTrainer
 from video_list import Entry
@@ -79,11 +83,9 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def train(trainer: VideoTrainer, videos: int) -> None:
-    """Train in output_dir, alone there, from its last complete checkpoint on, and write the final model beside it.
-
-    Args:
-        videos: in the list.
+def train(trainer: VideoTrainer, recipe: Recipe, data: Data) -> None:
+    """Say what will happen, train in output_dir, alone there, from its last complete checkpoint on, and write the final
+    model beside it.
 
     Raises:
         ValueError: output_dir is in use, or holds another kind of run.
@@ -102,11 +104,29 @@ def train(trainer: VideoTrainer, videos: int) -> None:
             check_goes_on(checkpoint, training.output_dir, trainer.recorded)
             if training.process_index == 0:
                 write(folder, trainer.recorded)
+                logger.info("%s", _plan(trainer, recipe, data))
+        trainer.add_callback(Timing())
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if trainer.eval_dataset is not None:
             trainer.log_metrics("eval", trainer.evaluate())
-        trainer.check_bad_videos(videos)
+        trainer.check_bad_videos(data.videos)
+
+
+def _plan(trainer: VideoTrainer, recipe: Recipe, data: Data) -> str:
+    training, videos_a_step = trainer.args, recipe.batch_size // recipe.repeats
+    in_epoch = data.videos // videos_a_step
+    return plan(
+        trainer.model,
+        clips=data.videos,
+        held_out=len(data.held_out),
+        labels=list(trainer.model.config.id2label.values()) if isinstance(recipe, FinetuningRecipe) else [],
+        skipped=data.skipped,
+        batch=recipe.batch_size,
+        at_once=training.train_batch_size * recipe.repeats,
+        epochs=training.max_steps / in_epoch if training.max_steps > 0 else recipe.epochs,
+        steps=training.max_steps if training.max_steps > 0 else math.ceil(recipe.epochs * in_epoch),
+    )
 
 
 def check_found(entries: Sequence[Entry], setting: str) -> None:

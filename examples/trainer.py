@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 import transformers
+from balance import BalancedSampler
 from checkpoints import check_finite, complete_checkpoints, drop_oldest, mark_complete, remove, written_whole
 from guards import StepGuard, Terminated, TooManyBadVideos, outlive_sigterm, worker_died, worker_killed
 from optimisation import layer_decay_groups
 from recorded import write
 from safetensors.torch import load_file
+from streams import TrainingStream
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerCallback, set_seed
 
 from everest_tokens.numerics import TENSORS_FILE
@@ -47,9 +49,11 @@ class _Beginnings(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # accelerate's loaders do so in one process alone, and not for the rest of an epoch after a resume
-        data = kwargs["train_dataloader"].dataset
-        if hasattr(data, "set_epoch"):
-            data.set_epoch(int(state.epoch or 0))
+        loader, epoch = kwargs["train_dataloader"], int(state.epoch or 0)
+        if hasattr(loader.dataset, "set_epoch"):
+            loader.dataset.set_epoch(epoch)
+        if isinstance(loader.dataset, TrainingStream):
+            loader.dataset.skip(state.global_step * args.gradient_accumulation_steps - epoch * len(loader))
 
 
 class VideoTrainer(Trainer):
@@ -60,6 +64,7 @@ class VideoTrainer(Trainer):
         layer_decay: factor on the learning rate from a block to the one below it.
         label_smoothing: of the classifier's cross-entropy, for hard and mixed labels alike.
         max_bad_fraction: share of the training list that may be unreadable.
+        balanced: all labels are drawn equally often.
         max_bad_steps: so many steps in a row whose loss or gradient isn't finite end the run.
         recorded: what the model is trained with (`recorded.record`), written beside it wherever it is saved.
 
@@ -74,6 +79,7 @@ class VideoTrainer(Trainer):
         augmentation: Callable[[Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]],
         layer_decay: float = 1.0,
         label_smoothing: float = 0.0,
+        balanced: bool = False,
         max_bad_fraction: float = 0.01,
         max_bad_steps: int = 3,
         recorded: dict[str, Any] | None = None,
@@ -92,6 +98,7 @@ class VideoTrainer(Trainer):
         self.augmentation = augmentation
         self.layer_decay = layer_decay
         self.label_smoothing = label_smoothing
+        self.balanced = balanced
         self.max_bad_fraction = max_bad_fraction
         self.model_accepts_loss_kwargs = False  # the losses here are means over the batch
         self.bad: dict[str, str] = {}
@@ -146,14 +153,33 @@ class VideoTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         whole = len(sampler) // batch * batch
+        if self.balanced:
+            return BalancedSampler(self.train_dataset, whole)
         return RandomSampler(sampler.data_source, num_samples=whole, generator=sampler.generator) if whole else sampler
 
     def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
+        streams = isinstance(self.train_dataset, TrainingStream)
+        loader = self._stream_loader() if streams else super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's goes through it
         if inner.num_workers:
             inner.worker_init_fn = outlive_sigterm(inner.worker_init_fn)
         return loader
+
+    def _stream_loader(self) -> DataLoader[Any]:
+        """Not accelerate's, which would have each process read what all of them need."""
+        args, stream = self.args, self.train_dataset
+        workers = min(args.dataloader_num_workers, stream.most_workers)
+        if workers < args.dataloader_num_workers:
+            logger.warning("dataloader_num_workers is %d, there are no more shards for a process", workers)
+        return DataLoader(
+            stream,
+            batch_size=stream.batch,
+            num_workers=workers,
+            collate_fn=self.data_collator,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        )
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """ "pixel_values" uint8 (videos, repeats, T, C, H, W), "labels" (videos, repeats), "bad" → a model's inputs."""

@@ -82,19 +82,23 @@ def settle(values: dict[str, Any], line: Set[str], file: Set[str]) -> dict[str, 
     Raises:
         ValueError: a setting that wouldn't do what it says, by its name and with what does so instead.
     """
+    # Of data it shows later whether anything is held out (recipe.fit).
+    evaluates = "eval_list" in values and any(values[name] for name in ("eval_list", "val_fraction", "data"))
     known = {item.name: item for item in fields(TrainingArguments)}
     for name in sorted((line | file) & known.keys()):
         if name not in WORKING | OF_EVALUATION:
             raise ValueError(f"{name} is no setting here: {INSTEAD.get(name, 'nothing in these scripts heeds it')}")
-        if name in OF_EVALUATION and not values.get("eval_list"):
-            raise ValueError(f"{name} needs an evaluation during training: finetune.py's eval_list")
+        if name in OF_EVALUATION and not evaluates:
+            raise ValueError(
+                f"{name} needs an evaluation during training: of finetune.py, eval_list, data's val or val_fraction"
+            )
 
     # Of two that say the same, the one nearer to the user counts: what the command line says, then the recipe.
     if _chosen("base_lr", "learning_rate", line, file) == "base_lr":
         values["learning_rate"] = values["base_lr"] * values["batch_size"] / 256
     if _chosen("epochs", "max_steps", line, file) == "epochs":
         values["max_steps"] = -1
-    if values.get("eval_list") and "eval_strategy" not in line | file:
+    if evaluates and "eval_strategy" not in line | file:
         values["eval_strategy"] = "epoch"
     for strategy, steps in (("save_strategy", "save_steps"), ("eval_strategy", "eval_steps")):
         together = str(values[strategy]) == "steps"

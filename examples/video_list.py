@@ -13,6 +13,7 @@ import codecs
 import math
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,10 @@ class Entry:
     label: int | None = None
     start: float | None = None
     end: float | None = None
+
+    def local(self) -> AbstractContextManager[Path]:
+        """The file to read, for as long as it is read (videos of data sets have none before, see in_memory.py)."""
+        return nullcontext(self.path)
 
 
 def read_list(

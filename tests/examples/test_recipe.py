@@ -82,7 +82,7 @@ class TestTables:
         assert (testing["clips"], testing["crops"]) == VIEWS[name]
 
     def test_every_recipe_is_tested(self):
-        assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PRETRAINING, "tiny"}
+        assert {path.stem for path in RECIPES.glob("*.yaml")} == {*PRETRAINING, "tiny", "own"}
 
 
 class TestSettings:
@@ -158,7 +158,7 @@ class TestSettings:
     def test_what_must_be_set(self):
         with pytest.raises(ValueError, match="train_list"):
             parse(PretrainingRecipe, ["--use_cpu"], TRAINING_DEFAULTS)
-        with pytest.raises(ValueError, match="model"):
+        with pytest.raises(ValueError, match="num_labels"):
             parse(FinetuningRecipe, ["--use_cpu", "--train_list", "l"], TRAINING_DEFAULTS)
 
     def test_a_list_shorter_than_a_batch(self):

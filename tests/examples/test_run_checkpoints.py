@@ -140,7 +140,7 @@ class TestCheckpoints:
         data = Clips(model, 6, unreadable=unreadable)
         data.labels.fill_(1)
         trainer = video_trainer(model, tmp_path)
-        trainer.compute_metrics = finetune.accuracy
+        trainer.compute_metrics = finetune.Accuracy()
         metrics = trainer.evaluate(data)
         assert metrics["eval_accuracy"] == pytest.approx(right / 6)
         loss = math.log(math.exp(3) + 4) - 3

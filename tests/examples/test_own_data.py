@@ -1,0 +1,365 @@
+"""`--data`: from a folder of videos to a model that a pipeline takes; its split, its batch, its labels; streams."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import finetune
+import hooks
+import pretrain
+import pytest
+import torch
+from data import load_data
+from motion_videos import moving_shape, write_video
+from pipelines import let_pyav_decode
+from recipe import FinetuningRecipe, fit, parse
+from recorded import record, write
+from run import TRAINING_DEFAULTS
+from training_runs import ON_CPU, TINY, assert_same, forked, last_state, losses, weights
+from transformers import TrainingArguments, VideoMAEForVideoClassification, pipeline
+
+import everest_tokens as et
+from everest_tokens.video import load_clip
+
+LABELS = {"a": "up", "b": "left"}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """a/1.mp4 … a/8.mp4, b/1.mp4 …: two directions of motion, and what lies around in such folders."""
+    root = tmp_path_factory.mktemp("own") / "videos"
+    for label, direction in LABELS.items():
+        for number in range(1, 9):
+            write_video(root / label / f"{number}.mp4", moving_shape(direction, 100 * (label == "b") + number))
+    (root / "a" / ".DS_Store").touch()
+    (root / "notes.txt").touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def pre(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pre")
+    assert run(pretrain, "--data", videos, "--output_dir", out, "--epochs", 1, "--batch_size", 4, *ON_CPU) == 0
+    assert sorted(losses(out)) == [1, 2, 3, 4]
+    return out
+
+
+@pytest.fixture(scope="module")
+def fine(videos: Path, pre: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("product") / "fine"
+    assert run(finetune, *small(videos, out, "--val_fraction", 0.25, "--model", pre)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("datasets", reason="the data extra is not installed")
+    from test_streams import write_shard
+
+    root = tmp_path_factory.mktemp("shards")
+    files = sorted(videos.glob("*/*.mp4"))
+    for shard in range(4):
+        samples = {f"v{n:02}": (files[n].read_bytes(), int(files[n].parent.name == "b")) for n in range(shard, 16, 4)}
+        write_shard(root / f"train-{shard}.tar", samples)
+    write_shard(root / "val-0.tar", {"x": (files[0].read_bytes(), 0), "y": (files[-1].read_bytes(), 1)})
+    return root
+
+
+def run(script: Any, *arguments: Any) -> int:
+    return script.main([TINY, *map(str, arguments)])
+
+
+def small(videos: Path, out: Path, *more: Any) -> list[Any]:
+    """Fine-tuning of one epoch without a pre-trained model."""
+    return ["--data", videos, "--output_dir", out, "--epochs", 1, "--batch_size", 4, "--warmup_epochs", 0, *ON_CPU,
+            *more]  # fmt: skip
+
+
+class TestTheWholeWay:
+    """Issue 14's commands, one after the other."""
+
+    def test_a_pipeline_gives_the_labels(self, videos, fine, monkeypatch):
+        let_pyav_decode(monkeypatch)
+        pipe = pipeline("video-classification", str(fine))
+        given: list[torch.Tensor] = []
+        pipe.model.register_forward_pre_hook(
+            lambda model, args, kwargs: given.append(kwargs["pixel_values"]), with_kwargs=True
+        )
+        model = VideoMAEForVideoClassification.from_pretrained(fine).eval()
+        for keep_ratio in (None, 0.5):  # as plain transformers, then patched, with what training recorded
+            if keep_ratio:
+                et.patch_videomae(pipe.model)
+                et.patch_videomae(model, et.ReRoSelector(keep_ratio))
+            answers = {answer["label"]: answer["score"] for answer in pipe(str(videos / "a" / "1.mp4"))}
+            with torch.no_grad():
+                scores = model(given[-1]).logits.softmax(dim=1)[0].tolist()
+            assert given[-1].shape == (1, 8, 3, 64, 64)
+            assert answers == pytest.approx({"a": scores[0], "b": scores[1]}, abs=1e-6)
+
+    def test_the_processor_gives_the_clips_of_training(self, videos, fine):
+        """What the pipeline's processor makes of the frames is what load_clip does."""
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(fine)
+        video = videos / "a" / "1.mp4"
+        torch.testing.assert_close(
+            load_clip(video, num_frames=8, stride=1, processor=processor),
+            load_clip(video, num_frames=8, stride=1, size=64),
+        )
+
+    def test_it_is_tested_on_what_was_held_out(self, videos, fine, tmp_path):
+        out = tmp_path / "predictions.jsonl"
+        assert (
+            run(evaluate, "--model", fine, "--data", videos, "--predictions", out, "--dataloader_num_workers", 0) == 0
+        )
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        held_out = json.loads((fine / "recipe.json").read_text())["held_out"]
+        assert sorted(line["video"] for line in lines) == sorted(str(videos / name) for name in held_out)
+        assert Counter(Path(line["video"]).parent.name for line in lines) == {"a": 2, "b": 2}
+        assert all("ab"[line["label"]] == Path(line["video"]).parent.name for line in lines)
+
+    def test_the_split_is_found_again_where_the_folder_was_moved(self, videos, fine, tmp_path):
+        moved = shutil.copytree(videos, tmp_path / "elsewhere")
+        out = tmp_path / "predictions.jsonl"
+        assert run(evaluate, "--model", fine, "--data", moved, "--predictions", out, "--dataloader_num_workers", 0) == 0
+        assert len(out.read_text().splitlines()) == 4
+
+    def test_metrics_are_those_of_the_model(self, videos, fine):
+        """Counted anew, with the model that was written, one clip at a time."""
+        model = et.patch_videomae(VideoMAEForVideoClassification.from_pretrained(fine)).eval()
+        names = json.loads((fine / "recipe.json").read_text())["held_out"]
+        right = 0
+        for name in names:
+            with torch.no_grad():
+                logits = model(load_clip(videos / name, num_frames=8, stride=1, size=64)).logits
+            right += int(logits.argmax()) == "ab".index(name[0])
+        metrics = json.loads((fine / "metrics.json").read_text())
+        assert metrics["videos"] == 4
+        assert metrics["accuracy"] == right / 4
+        assert (fine / "confusion.png").is_file()
+
+    def test_labels_that_the_model_does_not_know_are_an_error(self, videos, fine, tmp_path, capsys):
+        other = shutil.copytree(videos, tmp_path / "videos")
+        (other / "b").rename(other / "c")
+        assert run(evaluate, "--model", fine, "--data", other) == 2
+        assert "labels that the model wasn't trained on: c" in capsys.readouterr().err
+
+
+class TestFitted:
+    def test_it_says_what_will_happen(self, videos, tmp_path, caplog):
+        caplog.set_level("INFO")
+        assert run(finetune, *small(videos, tmp_path / "run", "--val_fraction", 0.25)) == 0
+        for line in (
+            "12 to train on, 4 held out; left out: 1 hidden, 1 other files",
+            "2: a, b",
+            "3 of 4 clips, 1 epochs",
+            "8 frames of 64²: 32 of 64 tokens kept",
+        ):
+            assert line in caplog.text
+
+    def test_a_new_model_where_none_is_given(self, videos, tmp_path, caplog):
+        assert run(finetune, *small(videos, tmp_path / "run")) == 0
+        assert "no model is given: a new one is trained, tiny, from random weights" in caplog.text
+        model = VideoMAEForVideoClassification.from_pretrained(tmp_path / "run")
+        assert model.config.id2label == {0: "a", 1: "b"}
+        assert model.config.use_mean_pooling
+        assert not (tmp_path / "run" / "metrics.json").exists()
+        assert (tmp_path / "run" / "preprocessor_config.json").exists()
+
+    def test_a_batch_is_no_more_than_the_clips(self, videos, tmp_path, caplog):
+        recipe, training = parse(
+            FinetuningRecipe, [TINY, "--data", str(videos), "--val_fraction", "0.25", "--output_dir", str(tmp_path),
+                               "--repeats", "2", "--batch_size", "64", "--use_cpu"], TRAINING_DEFAULTS
+        )  # fmt: skip
+        data = load_data(recipe, training)
+        fit(training, recipe, data)
+        assert recipe.batch_size == 24  # 12 clips, each twice
+        assert training.per_device_train_batch_size == 12
+        assert training.learning_rate == pytest.approx(4.8e-2 * 24 / 256)
+        assert "batch_size is 24, there are no more clips" in caplog.text
+        assert (len(data.train), len(data.held_out), recipe.num_labels) == (12, 4, 2)
+
+    def test_a_trial_of_the_whole_way(self, videos, tmp_path):
+        out = tmp_path / "run"
+        assert run(finetune, "--data", videos, "--val_fraction", 0.5, "--output_dir", out, "--limit", 4, *ON_CPU) == 0
+        assert not out.exists()
+        trial = tmp_path / "run-limit4"
+        assert json.loads((trial / "metrics.json").read_text())["videos"] == 4
+        assert last_state(trial)["global_step"] == 1
+        assert {path.name for path in trial.iterdir()} >= {"README.md", "confusion.csv", "model.safetensors"}
+
+    def test_a_folder_with_val_needs_no_fraction(self, videos, tmp_path, caplog):
+        root = tmp_path / "videos"
+        for part, number in (("train", 3), ("val", 2), ("test", 1)):
+            for label in LABELS:
+                (root / part / label).mkdir(parents=True)
+                for video in range(1, number + 1):
+                    shutil.copy(videos / label / f"{video}.mp4", root / part / label)
+        out = tmp_path / "run"
+        assert run(finetune, *small(root, out, "--batch_size", 6)) == 0
+        assert json.loads((out / "metrics.json").read_text())["videos"] == 4
+        caplog.set_level("INFO")
+        predictions = tmp_path / "predictions.jsonl"
+        assert run(evaluate, "--model", out, "--data", root, "--predictions", predictions) == 0
+        assert "tested: test of" in caplog.text
+        assert len(predictions.read_text().splitlines()) == 2
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ([], "data is not set: a folder of videos"),
+            (["--data", "{videos}", "--train_list", "x"], "one of them"),
+            (["--data", "./nothing"], "data: there is no folder ./nothing"),
+            (["--data", "nothing"], "data: nothing is no folder"),
+            (["--data", "{videos}/a"], "expected a folder for each label"),
+            (["--data", "{videos}", "--val_fraction", "1"], "val_fraction must be between 0 and 1"),
+            (["--data", "{videos}", "--load_best_model_at_end", "true"], "val_fraction"),
+            (["--data", "{videos}", "--early_stopping", "2"], "early_stopping needs load_best_model_at_end"),
+        ],
+    )
+    def test_what_cannot_be_is_one_line(self, videos, tmp_path, capsys, settings, message):
+        given = [setting.format(videos=videos) for setting in settings]
+        assert run(finetune, *given, "--output_dir", tmp_path / "run", *ON_CPU) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+class TestLists:
+    @pytest.fixture
+    def train_list(self, videos, tmp_path):
+        """Two parts of each video, with the names of the labels as prepare.py writes them."""
+        path = tmp_path / "train.csv"
+        lines = [
+            f'"{video.relative_to(videos).as_posix()}",{int(video.parent.name == "b")},{start},{start + 0.2}'
+            for video in sorted(videos.glob("*/*.mp4"))
+            for start in (0, 0.2)
+        ]
+        path.write_text("\n".join(['# labels: ["upwards", "to the left"]', *lines]) + "\n")
+        return path
+
+    def test_videos_are_held_out_whole(self, videos, train_list, tmp_path):
+        recipe = FinetuningRecipe(train_list=str(train_list), data_root=str(videos), num_labels=2, val_fraction=0.25)
+        data = load_data(recipe, TrainingArguments(str(tmp_path / "run"), use_cpu=True))
+        assert (len(data.train), len(data.held_out)) == (24, 8)
+        assert not {entry.path for entry in data.train} & {entry.path for entry in data.held_out}
+
+    def test_labels_have_the_names_that_the_list_says(self, videos, train_list, tmp_path):
+        settings = ["--train_list", train_list, "--data_root", videos, "--num_labels", 2, "--batch_size", 8]
+        assert run(finetune, *settings, "--limit", 8, "--output_dir", tmp_path / "run", *ON_CPU) == 0
+        model = VideoMAEForVideoClassification.from_pretrained(tmp_path / "run-limit8")
+        assert model.config.id2label == {0: "upwards", 1: "to the left"}
+
+
+class TestHubVideos:
+    def test_a_data_set_that_was_saved(self, videos, tmp_path):
+        datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
+        files = sorted(videos.glob("*/*.mp4"))
+        rows = {"video": [{"path": path.name, "bytes": path.read_bytes()} for path in files],
+                "label": [int(path.parent.name == "b") for path in files]}  # fmt: skip
+        features = datasets.Features({"video": datasets.Video(), "label": datasets.ClassLabel(names=["a", "b"])})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
+        out, predictions = tmp_path / "run", tmp_path / "predictions.jsonl"
+        assert run(finetune, *small(tmp_path / "set", out, "--val_fraction", 0.25)) == 0
+        assert VideoMAEForVideoClassification.from_pretrained(out).config.id2label == {0: "a", 1: "b"}
+        assert run(evaluate, "--model", out, "--data", tmp_path / "set", "--predictions", predictions) == 0
+        held_out = json.loads((out / "recipe.json").read_text())["held_out"]
+        lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+        assert sorted(line["video"] for line in lines) == sorted(held_out)
+        assert Counter(line["label"] for line in lines) == {0: 2, 1: 2}
+
+
+class TestGoingOn:
+    def test_the_split_stays_when_videos_are_added(self, videos, tmp_path):
+        root = shutil.copytree(videos, tmp_path / "videos")
+        recipe = FinetuningRecipe(data=str(root), val_fraction=0.25)
+        new, old = (TrainingArguments(str(tmp_path / name), use_cpu=True) for name in ("new", "old"))
+        before = load_data(recipe, old)
+        Path(old.output_dir).mkdir()
+        write(Path(old.output_dir), record(recipe, old, held_out=before.held_out_names))
+        for number in range(20, 30):
+            shutil.copy(root / "a" / "1.mp4", root / "a" / f"{number}.mp4")
+        assert load_data(recipe, new).held_out_names != before.held_out_names
+        after = load_data(recipe, old)
+        assert after.held_out == before.held_out
+        assert len(after.train) == len(before.train) + 10
+
+    def test_other_labels_are_an_error(self, videos, tmp_path, capsys):
+        root = shutil.copytree(videos, tmp_path / "videos")
+        assert run(finetune, *small(root, tmp_path / "run")) == 0
+        (root / "b").rename(root / "c")
+        assert run(finetune, *small(root, tmp_path / "run", "--epochs", 2)) == 2
+        assert "labels ['a', 'b'], not ['a', 'c']" in capsys.readouterr().err
+
+    def test_balanced_epochs_are_those_of_a_run_that_was_not_killed(self, videos, tmp_path):
+        root = shutil.copytree(videos, tmp_path / "videos")
+        for number in range(3, 9):
+            (root / "b" / f"{number}.mp4").unlink()
+        settings = ["--balanced", "--epochs", 2, "--keep_ratio", 1, "--save_strategy", "steps", "--save_steps", 1,
+                    "--save_total_limit", 9]  # fmt: skip
+        assert run(finetune, *small(root, tmp_path / "whole", *settings)) == 0
+        shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+        shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
+        assert run(finetune, *small(root, tmp_path / "killed", *settings)) == 0
+        assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+        assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+    def test_early_stopping_keeps_the_best(self, videos, tmp_path):
+        """Without a learning rate no evaluation is better than the first."""
+        settings = ["--early_stopping", 2, "--load_best_model_at_end", "true", "--metric_for_best_model", "accuracy",
+                    "--epochs", 20, "--learning_rate", 1e-12, "--val_fraction", 0.25]  # fmt: skip
+        assert run(finetune, *small(videos, tmp_path / "run", *settings)) == 0
+        state = last_state(tmp_path / "run")
+        assert state["epoch"] == 3
+        assert state["best_model_checkpoint"].endswith("checkpoint-3")
+
+
+class TestStreams:
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    def test_pretraining_goes_on_where_it_was_killed(self, shards, tmp_path, accumulated):
+        arguments = [TINY, "--data", shards, "--clips_per_epoch", 16, "--epochs", 2, "--batch_size", 4,
+                     "--warmup_epochs", 0, "--save_strategy", "steps", "--save_steps", 3,
+                     "--gradient_accumulation_steps", accumulated, *ON_CPU]  # fmt: skip
+        assert pretrain.main([*map(str, arguments), "--output_dir", str(tmp_path / "whole")]) == 0
+        again = [*map(str, arguments), "--output_dir", str(tmp_path / "killed")]
+        assert forked(lambda: (hooks.kill("compute_loss@6"), pretrain.main(again))[1]) == [-9]
+        assert forked(lambda: pretrain.main(again)) == [0]
+        whole = losses(tmp_path / "whole")
+        assert sorted(whole) == list(range(1, 9))
+        assert losses(tmp_path / "killed") == whole
+        assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+    def test_two_processes_fine_tune(self, shards, tmp_path):
+        out = tmp_path / "run"
+        arguments = ["--data", shards, "--clips_per_epoch", 16, "--num_labels", 2, "--epochs", 1, "--batch_size", 8,
+                     "--warmup_epochs", 0, "--output_dir", out, *ON_CPU]  # fmt: skip
+        assert forked(lambda: run(finetune, *arguments), processes=2) == [0, 0]
+        assert sorted(losses(out)) == [1, 2]
+        assert json.loads((out / "metrics.json").read_text())["videos"] == 2
+        assert run(evaluate, "--model", out, "--data", shards, "--predictions", tmp_path / "p.jsonl") == 0
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ([], "clips_per_epoch is not set"),
+            (["--clips_per_epoch", 16], "num_labels is not set"),
+            (
+                ["--clips_per_epoch", 16, "--num_labels", 2, "--val_fraction", 0.5],
+                "nothing can be held out of a stream",
+            ),
+            (["--clips_per_epoch", 16, "--num_labels", 2, "--balanced"], "balanced"),
+        ],
+    )
+    def test_what_a_stream_does_not_say(self, shards, tmp_path, capsys, settings, message):
+        assert run(finetune, "--data", shards, "--output_dir", tmp_path / "run", *settings, *ON_CPU) == 2
+        assert message in capsys.readouterr().err
