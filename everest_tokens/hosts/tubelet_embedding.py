@@ -120,7 +120,8 @@ class TubeletEmbedding(Patched):
             axes = ", ".join(["B", *(_LETTERS[axis] for axis in expected)])
             raise TypeError(f"expected {host.argument} as a tensor ({axes}), got {type(clips).__name__}")
         if tuple(clips.shape[1:]) != tuple(expected.values()):
-            sampled = "" if sampler is None else f" ({sampler} of {geometry.size.frames * steps})"
+            frames, taken = geometry.size.frames * steps, expected["frames"]
+            sampled = f" ({sampler} draws {frames} of them: pipeline(…, num_frames={taken}))" if sampler else ""
             raise ValueError(
                 f"expected {host.argument} (batch, {', '.join(expected)}) = (B, "
                 f"{', '.join(map(str, expected.values()))}){sampled}, got {tuple(clips.shape)}"

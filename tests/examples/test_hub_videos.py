@@ -12,7 +12,8 @@ import torch
 from clips import Sampling, TestViews, TrainingClips
 from decoding import read_frames
 from in_memory import file_of
-from motion_videos import moving_shape, write_video
+from made_videos import write_frames
+from motion_videos import moving_shape
 from own_videos import split_off
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
@@ -35,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """down/0.mp4, up/0.mp4, down/1.mp4, …: embedded, two of them have the same name."""
     root = tmp_path_factory.mktemp("files")
     return [
-        write_video(root / LABELS[number % 2] / f"{number // 2}.mp4", moving_shape(LABELS[number % 2], number))
+        write_frames(root / LABELS[number % 2] / f"{number // 2}.mp4", moving_shape(LABELS[number % 2], number))
         for number in range(6)
     ]
 

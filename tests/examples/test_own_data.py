@@ -15,7 +15,8 @@ import pretrain
 import pytest
 import torch
 from data import load_data
-from motion_videos import moving_shape, write_video
+from made_videos import write_frames
+from motion_videos import moving_shape
 from pipelines import let_pyav_decode
 from recipe import FinetuningRecipe, fit, parse
 from recorded import record, write
@@ -40,7 +41,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("own") / "videos"
     for label, direction in LABELS.items():
         for number in range(1, 9):
-            write_video(root / label / f"{number}.mp4", moving_shape(direction, 100 * (label == "b") + number))
+            write_frames(root / label / f"{number}.mp4", moving_shape(direction, 100 * (label == "b") + number))
     (root / "a" / ".DS_Store").touch()
     (root / "notes.txt").touch()
     return root
@@ -86,7 +87,7 @@ def small(videos: Path, out: Path, *more: Any) -> list[Any]:
 
 
 class TestTheWholeWay:
-    """Issue 14's commands, one after the other."""
+    """The README's commands, one after the other."""
 
     def test_a_pipeline_gives_the_labels(self, videos, fine, monkeypatch):
         let_pyav_decode(monkeypatch)

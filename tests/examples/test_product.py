@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from motion_videos import moving_shape, write_video
+from huggingface_hub import HfApi, ModelCard
+from made_videos import write_frames
+from motion_videos import moving_shape
 from pipelines import let_pyav_decode
 from product import Scores, score, write_product
-from transformers import AutoImageProcessor, VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import AutoImageProcessor, VideoMAEConfig, VideoMAEForVideoClassification, pipeline
 
 import everest_tokens as et
 from everest_tokens.video import load_clip
@@ -111,7 +113,7 @@ class TestWriteProduct:
         folder = tmp_path / "fine"
         model.save_pretrained(folder)
         write_product(folder, model, RECORDED, None)
-        write_video(tmp_path / "video.mp4", moving_shape("up", 0))
+        write_frames(tmp_path / "video.mp4", moving_shape("up", 0))
         monkeypatch.chdir(tmp_path)
         blocks = (folder / "README.md").read_text().split("```python\n")[1:]
         names: dict[str, Any] = {}
@@ -121,6 +123,37 @@ class TestWriteProduct:
         assert names["pipe"].model.everest.selector.keep_ratio == 0.5
         clip = load_clip("video.mp4", num_frames=4, stride=4, size=32, mean=RECORDED["mean"], std=RECORDED["std"])
         assert names["pipe"].model(clip).logits.shape == (1, 3)
+
+    def test_a_pipeline_gives_a_frame_sampler_its_candidates(self, model, tmp_path, monkeypatch):
+        let_pyav_decode(monkeypatch)
+        model.everest.frame_sampler = et.InfoFrameSampler(1.5)
+        model.save_pretrained(tmp_path)
+        write_product(tmp_path, model, RECORDED, None)
+        video = str(write_frames(tmp_path / "video.mp4", moving_shape("up", 0)))
+        pipes = [pipeline("video-classification", str(tmp_path), **more) for more in ({}, {"num_frames": 6})]
+        for pipe in pipes:
+            et.patch_videomae(pipe.model)
+        with pytest.raises(ValueError, match=r"num_frames=6\)"):
+            pipes[0](video)
+        assert {answer["label"] for answer in pipes[1](video)} == set(LABELS)
+
+    def test_push_to_hub_sends_a_folder_that_loads(self, model, tmp_path, monkeypatch):
+        """transformers' own, with the hub's two calls answered by a local folder."""
+
+        def create_commit(self: Any, repo_id: str, operations: Any, **_: Any) -> None:
+            for operation in operations:
+                with operation.as_file() as file:
+                    (tmp_path / operation.path_in_repo).write_bytes(file.read())
+
+        monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=name))
+        monkeypatch.setattr(HfApi, "create_commit", create_commit)
+        monkeypatch.setattr(HfApi, "repo_exists", lambda self, name, **_: False, raising=False)
+        model.push_to_hub("somebody/fruit")
+        again = VideoMAEForVideoClassification.from_pretrained(tmp_path)
+        assert et.patch_videomae(again).everest.selector.keep_ratio == 0.5
+        assert again.config.id2label == dict(enumerate(LABELS))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
 
     def test_the_command_is_one_that_a_shell_takes(self, model, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["finetune.py", "--data", "my videos"])

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from clips import ClipCutter, Sampling, collate
-from motion_videos import moving_shape, write_video
+from made_videos import write_frames
+from motion_videos import moving_shape
 from torch.utils.data import DataLoader
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
@@ -45,7 +46,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write_video(tmp_path_factory.mktemp("video") / "a.mp4", moving_shape("up", 0, size=(32, 32))).read_bytes()
+    return write_frames(tmp_path_factory.mktemp("video") / "a.mp4", moving_shape("up", 0, size=(32, 32))).read_bytes()
 
 
 @pytest.fixture(scope="module")
