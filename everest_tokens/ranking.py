@@ -10,7 +10,8 @@ def stable_order(values: Tensor, descending: bool = False) -> Tensor:
     """Rank each row of (B, N); ties, which a static clip has everywhere, go to the lower index.
 
     ONNX has no stable sort, but its TopK breaks ties towards the lower index (operator set 11 and later), where
-    torch's says nothing: `topk` is what an ONNX export records, and only that. ONNX's TopK takes no 8-bit integers.
+    torch's says nothing: `topk` is what an ONNX export records, and only that (torch 2.7's
+    newer exporter doesn't say that it runs). ONNX's TopK takes no 8-bit integers.
 
     Returns:
         (B, N) int64, indices of the row in ascending order of the values, or descending.

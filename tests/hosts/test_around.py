@@ -258,8 +258,11 @@ class TestCustomSelectors:
 def test_an_offloaded_model_is_patched_first_and_dispatched_then(make_model, make_clips, tmp_path):
     model = make_model(VideoMAEForVideoClassification)
     clips = make_clips(model)
-    expected = et.patch_videomae(copy.deepcopy(model), et.ReRoSelector(0.5))(clips).logits
     places = {"videomae": "disk", "fc_norm": "cpu", "classifier": "cpu"}
+    plain = accelerate.dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=tmp_path / "c")
+    if not torch.allclose(plain(clips).logits, model(clips).logits):
+        pytest.skip("these transformers and accelerate lose an unpatched VideoMAE's numbers by offloading it")
+    expected = et.patch_videomae(copy.deepcopy(model), et.ReRoSelector(0.5))(clips).logits
     patched = et.patch_videomae(copy.deepcopy(model), et.ReRoSelector(0.5))
     dispatched = accelerate.dispatch_model(patched, places, main_device="cpu", offload_dir=tmp_path / "a")
     torch.testing.assert_close(dispatched(clips).logits, expected)

@@ -268,7 +268,9 @@ class TestDropPath:
         ends: dict[tuple[int, str], Tensor] = {}
         for index, layer in enumerate(model.encoder.layer):
             layer.attention.register_forward_hook(
-                lambda module, args, output, index=index: ends.__setitem__((index, "attention"), output)
+                lambda module, args, output, index=index: ends.__setitem__(
+                    (index, "attention"), output[0] if isinstance(output, tuple) else output
+                )
             )
             layer.output.register_forward_hook(
                 lambda module, args, output, index=index: ends.__setitem__((index, "mlp"), output - args[1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from host_contract import hosts, kinds
 from torch import nn
+from versions import before
 
 import everest_tokens as et
 
@@ -27,6 +28,8 @@ class OfClips(nn.Module):
 
 
 def exported(case, model, path, frames=None, dynamo=True):
+    if dynamo and before("torch", "2.8"):
+        pytest.skip("torch 2.7's newer exporter doesn't say that it runs: is_in_onnx_export() is False")
     clips = case.clips(dtype=torch.float32, frames=frames)
     batch = {"dynamic_shapes": {"clips": {0: torch.export.Dim("batch", min=1, max=64)}}}
     if not dynamo:
