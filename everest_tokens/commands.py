@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,7 +74,7 @@ def patched_model(
             config = transformers.AutoConfig.from_pretrained(model)
             kind = (config.architectures or ["VideoMAEModel"])[0]
             loaded = getattr(transformers, kind).from_pretrained(model)
-        policy = patch_videomae(loaded.eval()).everest
+        policy = patch_videomae(loaded.float().eval()).everest  # clips are float32, whatever a folder was saved in
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{model}: {str(error).splitlines()[0]}") from error
     if distance is not None:
@@ -96,7 +97,7 @@ def predict(
     """Print what a classifier says of each video; returns 1 where one couldn't be read. See `predict --help`."""
     from tqdm import tqdm
 
-    loaded, results = _on_device(patched_model(model, keep_ratio)), []
+    loaded, results, drawn = _on_device(patched_model(model, keep_ratio)), [], Counter[str]()
     if heatmap is not None:
         heatmap.mkdir(parents=True, exist_ok=True)
     for video, result in zip(
@@ -114,7 +115,9 @@ def predict(
             look = reading["processor"]
             pixels = pixels_of(clip) if look is None else pixels_of(clip, look.image_mean, look.image_std)
             picture = draw([selection_part(pixels, {"kept": select_tokens(loaded, clip)})])
-            picture.savefig(heatmap / f"{'-'.join(video.parts[-2:])}.png")
+            name = "-".join(video.absolute().parts[-2:]).lstrip("/-")
+            drawn[name] += 1  # videos of one name in folders of one name
+            picture.savefig(heatmap / f"{name}{f'-{drawn[name]}' if drawn[name] > 1 else ''}.png")
         if not as_json:
             named = ", ".join(f"{label} {score:.3f}" for label, score in result["top"])
             tqdm.write(f"{video}: {named} ({result['milliseconds']:.0f} ms)")

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -56,7 +57,8 @@ def compare(
         other = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).train(training)
         other = unpatch_videomae(other) if selector is None else patch_videomae(other, selector)
         clips = torch.randn(batch_size, *host_of(other).example(other)[0][1:], device=device)
-        runs[ratio] = _step(other, clips) if training else torch.inference_mode()(lambda m=other, x=clips: m(x))
+        forward = partial(other, clips, **host_of(other).arguments(other))
+        runs[ratio] = _step(other, forward) if training else torch.inference_mode()(forward)
     peaks, seconds = {}, {ratio: list[float]() for ratio in runs}
     for turn in range(2 + repeats):
         for ratio, run in runs.items():
@@ -68,11 +70,11 @@ def compare(
     return {ratio: (seconds[ratio][1:], peaks[ratio]) for ratio in runs}
 
 
-def _step(model: Any, clips: torch.Tensor) -> Callable[[], None]:
+def _step(model: Any, forward: Callable[[], Any]) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step() -> None:
-        model(clips)[0].float().square().mean().backward()
+        forward()[0].float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

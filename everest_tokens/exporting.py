@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -23,10 +24,10 @@ class OfClips(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.arguments = model, host_of(model).arguments(model)
 
     def forward(self, clips: Tensor) -> Tensor:
-        output = self.model(clips)
+        output = self.model(clips, **self.arguments)
         return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
@@ -54,12 +55,11 @@ def export(model: Any, path: Path, kind: str) -> dict[str, str]:
         raise ValueError(f"{model.everest.selector} draws at random, and a file would draw differently")
     clips = torch.randn(2, *host_of(model).example(model)[0][1:], generator=torch.Generator().manual_seed(0))
     clips[1] = clips[1, :1]
-    module, partial = OfClips(model), path.with_name(f".{path.name}.partial.{kind}")
+    module = OfClips(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporters, about themselves
-            run, about = (_write_pt2 if kind == "pt2" else _write_onnx)(module, clips, partial)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters, about themselves
+        run, about = (_write_pt2 if kind == "pt2" else _write_onnx)(module, clips, Path(folder, path.name))
         with torch.no_grad():
             wanted, model_seconds = _timed(module, clips)
         given, file_seconds = _timed(run, clips)
@@ -67,12 +67,14 @@ def export(model: Any, path: Path, kind: str) -> dict[str, str]:
         difference = float(max((each - wanted).abs().max() for each in (given, alone)) / wanted.abs().max())
         if not difference <= TOLERANCE:
             raise ValueError(f"{path.name} would differ from the model by {difference:.1e} of its largest output")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    shape = ", ".join(map(str, clips.shape[1:]))
+        # ONNX puts the weights of a large model into a file beside it: the one that names them comes last.
+        written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+        size = sum(file.stat().st_size for file in written)
+        for file in written:
+            os.replace(file, path.parent / file.name)
+    shape, files = ", ".join(map(str, clips.shape[1:])), " and ".join(str(path.parent / file.name) for file in written)
     return {
-        "file": f"{path}, {path.stat().st_size / 1e6:.1f} MB, {about}",
+        "file": f"{files}, {size / 1e6:.1f} MB, {about}",
         "takes": f"clips (B, {shape}), float32, any B",
         "difference": f"{difference:.1e} of the largest output, two clips together and each alone",
         "seconds": f"{file_seconds:.2f} for two clips, the model {model_seconds:.2f}",

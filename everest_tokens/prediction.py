@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.image_processing_base import ImageProcessingMixin
+import transformers
+from transformers.utils import cached_file
 
 from everest_tokens.patching import host_of
 from everest_tokens.video import integer, load_views
 
+RECORD = "recipe.json"  # of examples/finetune.py
 AT_ONCE = 15  # views in a forward: what a video has in the papers' tests
 
 
@@ -81,13 +83,35 @@ def reading_of(model: Any, folder: str, stride: int | None = None) -> dict[str, 
 
 
 def _processor(folder: str) -> Any:
-    """What the folder records of its processor, or None."""
-    try:
-        return SimpleNamespace(**ImageProcessingMixin.get_image_processor_dict(folder)[0])
-    except OSError:
+    """What `load_views` takes of the folder's processor, its rescaling within mean and deviation; None without one.
+
+    Raises:
+        ValueError: a processor that leaves out resizing or cropping: its clips have the video's own size.
+    """
+    for kind in ("AutoImageProcessor", "AutoVideoProcessor"):
+        try:
+            found = getattr(transformers, kind).from_pretrained(folder)
+            break
+        except (OSError, ValueError, AttributeError):  # none of that kind, in the folder or in this transformers
+            found = None
+    if found is None:
         return None
+    for step in ("do_resize", "do_center_crop"):
+        if not getattr(found, step, True):
+            raise ValueError(f"{folder}: its processor has {step}=False, and clips of any size are nothing for a model")
+    scale = 255 * (found.rescale_factor if found.do_rescale else 1.0)
+    shift = 1.0 if found.do_rescale and getattr(found, "offset", False) else 0.0  # ViViT's
+    mean, std = (found.image_mean, found.image_std) if found.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return SimpleNamespace(
+        image_mean=[(each + shift) / scale for each in mean],
+        image_std=[each / scale for each in std],
+        size=found.size,
+        crop_size=getattr(found, "crop_size", None),
+    )
 
 
 def _recorded_stride(folder: str) -> int:
-    path = Path(folder, "recipe.json")
-    return int(json.loads(path.read_text()).get("stride", 4)) if path.is_file() else 4
+    missing = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
+    flags = {f"_raise_exceptions_for_{name}": value for name, value in missing.items()}
+    path = Path(folder, RECORD) if Path(folder).exists() else cached_file(folder, RECORD, **flags)
+    return int(json.loads(Path(path).read_text()).get("stride", 4)) if path and Path(path).is_file() else 4

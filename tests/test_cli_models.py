@@ -7,12 +7,18 @@ import re
 
 import pytest
 import torch
+from host_models import VJEPA2Model, build_encoder
 from made_videos import write_video
 from tiny_videomae import build_model
-from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEImageProcessor
+from transformers import (
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessor,
+    VivitImageProcessor,
+)
 
 import everest_tokens as et
-from everest_tokens import cli, exporting
+from everest_tokens import cli, exporting, prediction
 from everest_tokens.comparing import compare
 from everest_tokens.exporting import export
 from everest_tokens.video import load_clip, load_views, view_indices
@@ -89,6 +95,36 @@ class TestPredict:
         assert all(re.search(rf"{video}: \w+ 0\.\d+, .* \(\d+ ms\)", out) for video in videos)
         assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"a-1.mp4.png", "b-1.mp4.png"}
 
+    def test_pixels_are_those_of_the_folders_processor(self, videos, tmp_path):
+        """ViViT's puts them into [-1, 1] before it normalises them; another leaves them as they are."""
+        frames = load_clip(videos[0], num_frames=8, stride=1, size=32, mean=(0, 0, 0), std=(1, 1, 1))[0]
+        whole = [(255 * frame).round().byte() for frame in frames]
+        for processor in (
+            VivitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+            VideoMAEImageProcessor(
+                size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False
+            ),
+            VideoMAEImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_rescale=False),
+        ):
+            processor.save_pretrained(tmp_path)
+            look = prediction._processor(str(tmp_path))
+            ours = load_clip(videos[0], num_frames=8, stride=1, processor=look)
+            theirs = processor([whole], return_tensors="pt")["pixel_values"].float()
+            scale = float(theirs.abs().max())
+            assert torch.allclose(ours / scale, theirs / scale, atol=0.01), type(processor)
+
+    def test_a_folder_in_half_precision_and_videos_of_one_name(self, folder, videos, tmp_path, capsys):
+        VideoMAEForVideoClassification.from_pretrained(folder).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+        twin = tmp_path / "a" / "1.mp4"
+        twin.parent.mkdir()
+        twin.write_bytes(videos[0].read_bytes())
+        drawn = tmp_path / "drawn"
+        status, out, _ = run(capsys, "predict", tmp_path / "half", videos[0], twin, "--heatmap", drawn, "--json")
+        first, second = json.loads(out)
+        assert status == 0
+        assert first["score"] == second["score"]
+        assert {path.name for path in drawn.iterdir()} == {"a-1.mp4.png", "a-1.mp4-2.png"}
+
     @pytest.mark.parametrize("option", [("--views", "0x3"), ("--views", "5x2"), ("--top", 0), ("--stride", -1)])
     def test_settings_that_can_not_be(self, folder, videos, option, capsys):
         status, out, err = run(capsys, "predict", folder, videos[0], *option)
@@ -120,6 +156,31 @@ class TestExport:
         clips = torch.randn(3, 8, 3, 48, 64)
         [scores] = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"clips": clips.numpy()})
         assert torch.allclose(torch.from_numpy(scores).softmax(dim=1).mean(dim=0), by_hand(folder, clips), atol=1e-5)
+
+    def test_the_weights_of_a_large_model_come_along(self, folder, tmp_path, capsys, monkeypatch):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        from torch.onnx._internal.exporter import _onnx_program
+
+        if not hasattr(_onnx_program, "_LARGE_MODEL_THRESHOLD"):
+            pytest.skip("this torch decides elsewhere which model is large")
+        monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 10_000)
+        status, out, _ = run(capsys, "export", folder, "--format", "onnx", "--out", tmp_path / "model.onnx")
+        files = sorted(path.name for path in tmp_path.iterdir())
+        assert status == 0
+        assert files == ["model.onnx", "model.onnx.data"]
+        assert "model.onnx.data" in out
+        clips = torch.randn(1, 8, 3, 48, 64)
+        [scores] = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"clips": clips.numpy()})
+        assert torch.allclose(torch.from_numpy(scores).softmax(dim=1).mean(dim=0), by_hand(folder, clips), atol=1e-5)
+
+    def test_an_encoder_whose_forward_needs_more_than_clips(self, tmp_path, capsys):
+        if VJEPA2Model is object:
+            pytest.skip("transformers has V-JEPA 2 from 4.53 on")
+        build_encoder("VJEPA2Model").save_pretrained(tmp_path / "encoder")
+        assert run(capsys, "export", tmp_path / "encoder", "--out", tmp_path / "model.pt2")[0] == 0
+        tokens = torch.export.load(tmp_path / "model.pt2").module()(torch.randn(1, 8, 3, 48, 48))
+        assert tokens.shape == (1, 21, 32)  # 0.6 of 4·3·3
+        assert run(capsys, "benchmark", tmp_path / "encoder", "--repeats", 1)[0] == 0
 
     def test_what_can_not_be_expressed_is_named_and_nothing_is_left(self, folder, tmp_path):
         pytest.importorskip("onnxruntime")
