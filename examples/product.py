@@ -97,13 +97,24 @@ def write_product(folder: Path, model: Any, recorded: dict[str, Any], scores: Sc
         image_mean=list(recorded["mean"]),
         image_std=list(recorded["std"]),
     ).save_pretrained(folder)
-    run = {"command": shlex.join([Path(sys.executable).name, *sys.argv]), "versions": versions()}
+    run = {"command": shlex.join([Path(sys.executable).name, *without_token(sys.argv)]), "versions": versions()}
     (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     if scores is not None:
         (folder / "metrics.json").write_text(json.dumps(scores.metrics(), indent=1) + "\n")
         _write_tables(folder, labels, scores)
         _draw(labels, scores).savefig(folder / "confusion.png", dpi=100)
     card(folder.resolve().name, model, recorded, labels, scores, run).save(folder / "README.md")
+
+
+def without_token(arguments: Sequence[str]) -> list[str]:
+    """Mask the value of `--hub_token`, in either of its spellings: the folder is for others."""
+    shown, masks = [], False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        is_token = name in ("--hub_token", "--hub-token")
+        shown.append("***" if masks else f"{name}=***" if is_token and equals else argument)
+        masks = is_token and not equals
+    return shown
 
 
 def versions() -> dict[str, str]:

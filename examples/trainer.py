@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,8 @@ class VideoTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.hub_token:  # settings are pickled beside every saved model, and uploaded with it
+            os.environ["HF_TOKEN"], self.args.hub_token = self.args.hub_token, None
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate shards a model on GPUs only, this run is on the {self.args.device}")
         kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)

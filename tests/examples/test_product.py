@@ -87,6 +87,18 @@ class TestWriteProduct:
         assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == pytest.approx(3 / 7)
         assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
 
+    @pytest.mark.parametrize(
+        "given",
+        [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"], ["--hub-token", "hf_secret"]],
+    )
+    def test_the_token_is_nowhere(self, model, tmp_path, monkeypatch, given):
+        monkeypatch.setattr("sys.argv", ["finetune.py", "own.yaml", *given, "--hub_model_id", "me/mine"])
+        write_product(tmp_path, model, RECORDED, None)
+        assert all(b"hf_secret" not in path.read_bytes() for path in tmp_path.iterdir())
+        command = json.loads((tmp_path / "run.json").read_text())["command"]
+        assert "***" in command
+        assert command.endswith("--hub_model_id me/mine")
+
     def test_the_card_is_the_hubs(self, model, tmp_path):
         write_product(tmp_path, model, RECORDED, counted())
         card = ModelCard.load(tmp_path / "README.md")

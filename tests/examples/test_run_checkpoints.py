@@ -17,6 +17,7 @@ from augmentation import BatchAugmentation
 from checkpoints import checkpoint_to_resume, complete_checkpoints, drop_oldest
 from family_models import FineTuningModel, randomize
 from guards import Diverged, MachineFailed
+from huggingface_hub import get_token
 from trainer import VideoTrainer
 from training_runs import Clips, assert_same, video_trainer
 from transformers import Trainer, TrainerCallback, VideoMAEForPreTraining, VideoMAEForVideoClassification, trainer_utils
@@ -234,6 +235,16 @@ class TestAccumulation:
 
 
 class TestNothingBroken:
+    def test_the_token_of_the_hub_is_in_no_file(self, build, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "another")
+        trainer = video_trainer(build("classifier"), tmp_path, hub_token="hf_secret", max_steps=2)
+        trainer.train()
+        trainer.save_model()
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert {"training_args.bin", "model.safetensors"} <= {path.name for path in files}
+        assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+        assert get_token() == "hf_secret"  # what uploads takes it from there
+
     @pytest.mark.parametrize("where", ["weights", "optimiser"])
     def test_no_checkpoint_is_written_of_what_is_not_finite(self, build, tmp_path, where):
         class Spoil(TrainerCallback):
