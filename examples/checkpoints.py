@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _COMPLETE = "complete"  # a file that is written last; a checkpoint without it was being written when the run was killed
+
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def complete_checkpoints(folder: str | Path) -> list[Path]:
@@ -64,7 +67,7 @@ def written_whole(folder: Path) -> Iterator[None]:
     """Around whatever writes into a checkpoint or a run's folder: leaves no half of a model behind where that fails.
 
     Raises:
-        MachineFailed: the disk is full, or it can't be written to for another reason.
+        MachineFailed: the disk is full, or fails. Other errors, of an upload say, pass: what is written is left.
     """
     is_checkpoint = folder.name.startswith("checkpoint-")
     if is_checkpoint:
@@ -75,7 +78,7 @@ def written_whole(folder: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # of files, of torch.save, of safetensors
         reason = " ".join(str(error).split())
-        if not isinstance(error, OSError | SafetensorError) and not _of_torch_save(error):
+        if not _of_disk(error):
             raise
         if is_checkpoint:
             remove(folder)
@@ -88,8 +91,12 @@ def written_whole(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _of_torch_save(error: RuntimeError) -> bool:
-    # By place: for one and the same full disk it says "unexpected pos", "iostream error" or "failed writing file".
+def _of_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):  # of the network too: HfHubHTTPError is one
+        return error.errno in _OF_DISK
+    if isinstance(error, SafetensorError):
+        return True
+    # By place: for one and the same full disk torch.save says "unexpected pos", "iostream error" or "failed writing".
     places = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
     return torch.serialization.__file__ in places
 

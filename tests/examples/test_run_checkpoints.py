@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import finetune
 import numpy as np
 import pytest
 import torch
 from augmentation import BatchAugmentation
-from checkpoints import checkpoint_to_resume, complete_checkpoints, drop_oldest
+from checkpoints import checkpoint_to_resume, complete_checkpoints, drop_oldest, written_whole
 from family_models import FineTuningModel, randomize
 from guards import Diverged, MachineFailed
 from huggingface_hub import get_token
+from huggingface_hub.errors import HfHubHTTPError
 from trainer import VideoTrainer
 from training_runs import Clips, assert_same, video_trainer
 from transformers import Trainer, TrainerCallback, VideoMAEForPreTraining, VideoMAEForVideoClassification, trainer_utils
@@ -261,6 +264,25 @@ class TestNothingBroken:
         with pytest.raises(Diverged):
             trainer.save_model()
         assert not (tmp_path / "model.safetensors").exists()
+
+    @pytest.mark.parametrize("folder", ["checkpoint-2", "."])
+    @pytest.mark.parametrize(
+        ("error", "left"),
+        [(HfHubHTTPError("502", response=mock.MagicMock()), True), (ConnectionResetError(104, "reset"), True),
+         (OSError(errno.ENOSPC, "No space left"), False), (OSError(errno.EIO, "Input/output error"), False)],
+    )  # fmt: skip
+    def test_an_upload_that_fails_leaves_what_is_written(self, tmp_path, folder, error, left):
+        model = tmp_path / folder / "model.safetensors"
+        model.parent.mkdir(exist_ok=True)
+
+        def save() -> None:
+            with written_whole(tmp_path / folder):
+                model.write_text("whole")
+                raise error
+
+        with pytest.raises(type(error) if left else MachineFailed):
+            save()
+        assert model.exists() == left
 
     @pytest.mark.parametrize(
         ("file", "missing"), [("model.safetensors", 9000), *(("optimizer.pt", missing) for missing in (9000, 90, 1))]
