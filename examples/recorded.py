@@ -39,15 +39,30 @@ def record(
 
 
 def write(folder: Path, recorded: dict[str, Any]) -> None:
-    (folder / FILE).write_text(json.dumps(recorded, indent=1) + "\n")
+    """Write it whole, or leave what was there: a kill or a full disk may come at any moment."""
+    part = folder / f"{FILE}.part"
+    part.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, folder / FILE)
 
 
 def read(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is recorded of a folder's or a hub model; {} where nothing is."""
+    """What is recorded of a folder's or a hub model; {} where nothing is.
+
+    Raises:
+        ValueError: the file is broken, by its name.
+    """
     missing = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
     flags = {f"_raise_exceptions_for_{name}": value for name, value in missing.items()}
     path = Path(model, FILE) if Path(model).exists() else cached_file(str(model), FILE, **flags)
-    return json.loads(Path(path).read_text()) if path and Path(path).is_file() else {}
+    if not path or not Path(path).is_file():
+        return {}
+    try:
+        recorded = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} is broken: it holds a {type(recorded).__name__}, no settings")
+    return recorded
 
 
 def check_goes_on(checkpoint: str | None, output_dir: str, now: dict[str, Any]) -> None:

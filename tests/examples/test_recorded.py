@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,31 @@ def for_training(path: Path, *more: str) -> tuple[FinetuningRecipe, Any]:
 def for_testing(path: Path, model: Path, *more: str) -> tuple[Any, dict[str, Any]]:
     recipe = evaluate.parse([str(path), "--model", str(model), "--test_list", "test.csv", *more])
     return recipe, evaluate.settle(recipe)
+
+
+class TestTheFile:
+    def test_it_is_written_whole_or_stays_as_it_was(self, tmp_path, monkeypatch):
+        write(tmp_path, {"size": 64})
+        original = Path.write_text
+
+        def cut_short(path: Path, text: str, **settings: Any) -> None:
+            original(path, text[:5], **settings)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", cut_short)
+            with pytest.raises(OSError, match="No space"):
+                write(tmp_path, {"size": 32})
+        assert read(tmp_path) == {"size": 64}
+        write(tmp_path, {"size": 32})
+        assert read(tmp_path) == {"size": 32}
+        assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+    @pytest.mark.parametrize("content", [b"", b'{"size": 6', b"[1]", b"\xff"])
+    def test_a_broken_one_is_named(self, tmp_path, content):
+        (tmp_path / "recipe.json").write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/recipe.json is broken: ")):
+            read(tmp_path)
 
 
 class TestARecipeIsTestedAsItTrains:
