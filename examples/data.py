@@ -158,6 +158,24 @@ def held_out_of(entries: Sequence[Entry], names: Sequence[str], root: str | Path
     return [entry for entry in entries if name_of(entry, root) in known]
 
 
+def held_out_of_trained(entries: Sequence[Entry], trained: dict[str, Any], data: str) -> list[Entry]:
+    """Those entries of `data` that a model wasn't trained on, where that is what it was trained on; else none.
+
+    It is where it lies in the same place, or, moved, still has its last name and every video that was held out.
+
+    Args:
+        trained: what the model was trained with (`recorded.read`).
+    """
+    names = trained.get("held_out", [])
+    root = trained.get("data") or trained.get("data_root") or Path(trained.get("train_list") or "").parent
+    held_out, then, now = held_out_of(entries, names, data), Path(root).resolve(), Path(data).resolve()
+    moved = then.name == now.name and {name_of(entry, data) for entry in held_out} == set(names)
+    if names and not (then == now or moved):
+        logger.warning("%s is not what the model was trained on: what was held out of that is not looked for", data)
+        return []
+    return held_out
+
+
 def name_of(entry: Entry, root: str | Path) -> str:
     """How a video is called in what is recorded: relative to the data's folder, which may be moved."""
     path = entry.path

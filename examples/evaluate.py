@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from augmentation import BatchAugmentation
 from clips import Sampling, TestViews, collate
-from data import find, held_out_of
+from data import find, held_out_of_trained
 from recipe import SettingsParser, frames_of, load_trained, read_section
 from recorded import read
 from run import tell
@@ -160,7 +160,7 @@ def find_entries(recipe: TestRecipe, model: Any, trained: dict[str, Any]) -> lis
         if is_shards(recipe.data)
         else find(recipe.data, labelled=True, labels=labels)
     )
-    held_out = held_out_of(found.train, trained.get("held_out", []), recipe.data)
+    held_out = held_out_of_trained(found.train, trained, recipe.data)
     for what, entries in (("test", found.test), ("val", found.val), ("what was held out", held_out)):
         if entries:
             logger.info("tested: %s of %s, %d videos", what, recipe.data, len(entries))

@@ -14,7 +14,7 @@ import hooks
 import pretrain
 import pytest
 import torch
-from data import load_data
+from data import held_out_of_trained, load_data
 from made_videos import write_frames
 from motion_videos import moving_shape
 from pipelines import let_pyav_decode
@@ -23,6 +23,7 @@ from recorded import record, write
 from run import TRAINING_DEFAULTS
 from training_runs import ON_CPU, TINY, assert_same, forked, last_state, losses, weights
 from transformers import TrainingArguments, VideoMAEForVideoClassification, pipeline
+from video_list import Entry
 
 import everest_tokens as et
 from everest_tokens.video import load_clip
@@ -129,11 +130,13 @@ class TestTheWholeWay:
         assert Counter(Path(line["video"]).parent.name for line in lines) == {"a": 2, "b": 2}
         assert all("ab"[line["label"]] == Path(line["video"]).parent.name for line in lines)
 
-    def test_the_split_is_found_again_where_the_folder_was_moved(self, videos, fine, tmp_path):
-        moved = shutil.copytree(videos, tmp_path / "elsewhere")
+    @pytest.mark.parametrize(("name", "tested"), [("videos", 4), ("other-videos", 16)])
+    def test_the_split_is_found_again_where_the_folder_was_moved(self, videos, fine, tmp_path, name, tested):
+        """One of another name may well be other data, whose videos have the same names."""
+        moved = shutil.copytree(videos, tmp_path / "elsewhere" / name)
         out = tmp_path / "predictions.jsonl"
         assert run(evaluate, "--model", fine, "--data", moved, "--predictions", out, "--dataloader_num_workers", 0) == 0
-        assert len(out.read_text().splitlines()) == 4
+        assert len(out.read_text().splitlines()) == tested
 
     def test_metrics_are_those_of_the_model(self, videos, fine):
         """Counted anew, with the model that was written, one clip at a time."""
@@ -294,6 +297,20 @@ class TestGoingOn:
         after = load_data(recipe, old)
         assert after.held_out == before.held_out
         assert len(after.train) == len(before.train) + 10
+
+    @pytest.mark.parametrize(
+        ("place", "missing", "held_out"),
+        [("then/videos", 0, True), ("then/videos", 1, True), ("now/videos", 0, True), ("now/videos", 1, False),
+         ("now/others", 0, False)],
+    )  # fmt: skip
+    def test_what_was_held_out_is_of_the_data_that_was_trained_on(self, tmp_path, caplog, place, missing, held_out):
+        names = ["a/1.mp4", "b/2.mp4"]
+        trained = {"data": str(tmp_path / "then" / "videos"), "held_out": names}
+        data = tmp_path / place
+        entries = [Entry(data / name, 0) for name in ["a/0.mp4", *names[missing:]]]
+        expected = entries[1:] if held_out else []
+        assert held_out_of_trained(entries, trained, str(data)) == expected
+        assert ("is not what the model was trained on" in caplog.text) != held_out
 
     def test_other_labels_are_an_error(self, videos, tmp_path, capsys):
         root = shutil.copytree(videos, tmp_path / "videos")
