@@ -207,8 +207,15 @@ class VideoTrainer(Trainer):
                 logger.warning("left out %s: %s", path, reason)
 
     def check_bad_videos(self, videos: int) -> None:
-        """Raise TooManyBadVideos where more of the `videos` in the list were unreadable than is allowed."""
-        found = self.bad
+        """Raise TooManyBadVideos where more of the `videos` in the list were unreadable than is allowed.
+
+        Of a stream it is the samples drawn in all epochs that count, each of which may have drawn others.
+        """
+        stream, found = self.train_dataset, self.bad
+        if isinstance(stream, TrainingStream):
+            of_a_step = stream.batch * self.args.world_size * self.args.gradient_accumulation_steps
+            drawn = self.state.global_step * of_a_step
+            videos = drawn if stream.stream.length is None else min(drawn, stream.stream.length)
         if torch.distributed.is_initialized():
             everywhere: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everywhere, self.bad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import http.server
 import io
@@ -9,14 +11,17 @@ import tarfile
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from clips import ClipCutter, Sampling, collate
+from guards import TooManyBadVideos
 from made_videos import write_frames
 from motion_videos import moving_shape
 from torch.utils.data import DataLoader
+from trainer import VideoTrainer
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
 from streams import TrainingStream, find_held_out, is_shards, open_hub, open_shards, shards_of  # noqa: E402
@@ -239,3 +244,18 @@ class TestShards:
         assert found.val == []
         with pytest.raises(ValueError, match="a label in test that is not among 0, 1: 3"):
             find_held_out(str(shards), ["0", "1"])
+
+
+class TestTooManyBad:
+    @pytest.mark.parametrize(("steps", "length", "fails"), [(5, None, True), (6, None, False), (7, 12, True)])
+    def test_of_the_samples_drawn_in_all_epochs(self, shards, steps, length, fails):
+        """Three of 4 · steps, of which an epoch has 12; at most an eighth may be bad."""
+        stream = stream_of(shards)
+        stream.stream = dataclasses.replace(stream.stream, length=length)
+        trainer = SimpleNamespace(
+            bad=dict.fromkeys("abc", "broken"), train_dataset=stream, max_bad_fraction=1 / 8,
+            state=SimpleNamespace(global_step=steps), args=SimpleNamespace(world_size=1, gradient_accumulation_steps=2),
+        )  # fmt: skip
+        stated = f"3 of {length or 4 * steps} videos"
+        with pytest.raises(TooManyBadVideos, match=stated) if fails else contextlib.nullcontext():
+            VideoTrainer.check_bad_videos(trainer, videos=12)
