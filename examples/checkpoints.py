@@ -50,12 +50,15 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def drop_oldest(folder: Path, limit: int | None, best: str | None) -> None:
-    """Keep `limit` complete checkpoints as transformers does: always the newest and the best, and all for 0 or None."""
-    finished = complete_checkpoints(folder)
-    if not limit or limit < 0 or not finished:
+def drop_oldest(written: Path, limit: int | None, best: str | None) -> None:
+    """Keep `limit` complete checkpoints of a run, all for 0 or None; always the one just written, and the best.
+
+    That one needn't be the last: where a run has gone on from an older checkpoint, later ones are there of before.
+    """
+    finished = complete_checkpoints(written.parent)
+    if not limit or limit < 0:
         return
-    kept = {finished[-1].name} | ({Path(best).name} if best else set())
+    kept = {written.name} | ({Path(best).name} if best else set())
     others = [path for path in finished if path.name not in kept]
     too_many = len(finished) - max(limit, len(finished) - len(others))
     for path in others[: max(0, too_many)]:

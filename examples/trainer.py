@@ -307,10 +307,10 @@ class VideoTrainer(Trainer):
             if self.args.should_save:
                 mark_complete(checkpoint)
         if self.args.should_save:
-            self._drop_oldest(folder)
+            self._drop_oldest(checkpoint)
 
-    def _drop_oldest(self, folder: Path) -> None:
-        drop_oldest(folder, self._keep, self.state.best_model_checkpoint)
+    def _drop_oldest(self, written: Path) -> None:
+        drop_oldest(written, self._keep, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

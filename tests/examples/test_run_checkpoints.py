@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from augmentation import BatchAugmentation
-from checkpoints import checkpoint_to_resume, complete_checkpoints, drop_oldest, written_whole
+from checkpoints import checkpoint_to_resume, complete_checkpoints, drop_oldest, mark_complete, written_whole
 from family_models import FineTuningModel, randomize
 from guards import Diverged, MachineFailed
 from huggingface_hub import get_token
@@ -163,9 +163,18 @@ class TestHowManyAreKept:
                 (folder / f"checkpoint-{step}").mkdir(parents=True)
                 (folder / f"checkpoint-{step}" / "complete").touch()
             name = f"checkpoint-{best}" if best and best <= step else None
-            drop_oldest(ours, limit, name and str(ours / name))
+            drop_oldest(ours / f"checkpoint-{step}", limit, name and str(ours / name))
             trainer_utils.rotate_checkpoints(str(theirs), limit, name and str(theirs / name))
             assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+
+    @pytest.mark.parametrize(("limit", "best", "left"), [(1, None, [3]), (2, None, [3, 6]), (1, 2, [2, 3])])
+    def test_the_one_just_written_stays_where_later_ones_are_there(self, tmp_path, limit, best, left):
+        """A run that went on from checkpoint-2, although there was a checkpoint-6."""
+        for step in (2, 3, 4, 6):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            mark_complete(tmp_path / f"checkpoint-{step}")
+        drop_oldest(tmp_path / "checkpoint-3", limit, best and f"checkpoint-{best}")
+        assert complete_checkpoints(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in left]
 
     def test_one_that_is_half_removed_is_not_complete(self, tmp_path, monkeypatch):
         for number in (3, 6):
@@ -178,7 +187,7 @@ class TestHowManyAreKept:
         with monkeypatch.context() as patch:
             patch.setattr("checkpoints.shutil.rmtree", killed)
             with pytest.raises(KeyboardInterrupt, match="checkpoint-3"):
-                drop_oldest(tmp_path, 1, None)
+                drop_oldest(tmp_path / "checkpoint-6", 1, None)
         assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-6"]
         assert checkpoint_to_resume(tmp_path) == str(tmp_path / "checkpoint-6")
         assert list(tmp_path.glob("checkpoint-*")) == [tmp_path / "checkpoint-6"]
