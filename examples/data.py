@@ -130,8 +130,6 @@ def label_names(list_file: Path) -> list[str]:
 
 
 def _stream(recipe: Any, labelled: bool) -> Data:
-    if labelled and recipe.val_fraction:
-        raise ValueError("val_fraction: nothing can be held out of a stream; give val*.tar, or eval_list")
     if labelled and recipe.balanced:
         raise ValueError("balanced: the labels of a stream aren't known beforehand")
     open_it = streams.open_shards if streams.is_shards(recipe.data) else streams.open_hub
@@ -149,6 +147,8 @@ def _stream(recipe: Any, labelled: bool) -> Data:
         held_out = read_list(recipe.eval_list, recipe.data_root, labelled=True, num_labels=len(labels))
     else:
         held_out = streams.find_held_out(recipe.data, labels).val if Path(recipe.data).is_dir() else []
+    if recipe.val_fraction and not held_out:
+        raise ValueError("val_fraction: nothing can be held out of a stream; give val*.tar, eval_list, or 0")
     return Data(stream, videos, first_few(held_out, recipe.limit or len(held_out)), labels)
 
 

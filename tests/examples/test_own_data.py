@@ -371,13 +371,21 @@ class TestStreams:
         [
             ([], "clips_per_epoch is not set"),
             (["--clips_per_epoch", 16], "num_labels is not set"),
-            (
-                ["--clips_per_epoch", 16, "--num_labels", 2, "--val_fraction", 0.5],
-                "nothing can be held out of a stream",
-            ),
             (["--clips_per_epoch", 16, "--num_labels", 2, "--balanced"], "balanced"),
         ],
     )
     def test_what_a_stream_does_not_say(self, shards, tmp_path, capsys, settings, message):
         assert run(finetune, "--data", shards, "--output_dir", tmp_path / "run", *settings, *ON_CPU) == 2
         assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("val", [True, False])
+    def test_nothing_has_to_be_held_out_where_there_are_shards_for_it(self, shards, tmp_path, val):
+        """recipes/own.yaml has a val_fraction."""
+        data = shards if val else shards / "train-*.tar"
+        recipe = FinetuningRecipe(data=str(data), num_labels=2, clips_per_epoch=16, val_fraction=0.2)
+        training = TrainingArguments(str(tmp_path / "run"), use_cpu=True)
+        if val:
+            assert len(load_data(recipe, training).held_out) == 2
+        else:
+            with pytest.raises(ValueError, match="val_fraction: nothing can be held out of a stream"):
+                load_data(recipe, training)
