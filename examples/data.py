@@ -199,4 +199,5 @@ def training_set(
         shuffle_buffer=recipe.shuffle_buffer,
         process=training.process_index,
         processes=training.world_size,
+        num_labels=len(data.labels) or None,
     )

@@ -168,9 +168,11 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         seed: of all that is random here.
         shuffle_buffer: samples, undecoded, among which each worker draws the next one.
         process, processes: this one's number, and how many there are.
+        num_labels: of the model, where there are labels.
 
     Raises:
-        ValueError: steps, batch or shuffle_buffer is below 1. On iterating: a worker's shards hold no samples.
+        ValueError: steps, batch or shuffle_buffer is below 1. On iterating: a worker's shards hold no samples, or a
+            sample's label is missing or none of 0 … num_labels - 1.
     """
 
     def __init__(
@@ -184,6 +186,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         shuffle_buffer: int = 100,
         process: int = 0,
         processes: int = 1,
+        num_labels: int | None = None,
     ) -> None:
         for name, value in (("steps", steps), ("batch", batch), ("shuffle_buffer", shuffle_buffer)):
             if value < 1:
@@ -193,7 +196,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         shuffled = stream.samples.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self.samples = split_dataset_by_node(shuffled, rank=process, world_size=processes)
         self.stream, self.cut, self.steps, self.batch = stream, cut, steps, batch
-        self.seed, self.process = seed, process
+        self.seed, self.process, self.num_labels = seed, process, num_labels
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that are running
         self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -245,8 +248,15 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
             none = True
             for row in self.samples:
                 none = False
-                label = None if self.stream.label is None else int(row[self.stream.label])
                 video = row[self.stream.video]
-                yield Sample(Path(row.get("__key__") or video["path"] or "a video"), label, video)
+                name = row.get("__key__") or video["path"] or "a video"
+                label = None if self.stream.label is None else self._label(row[self.stream.label], name)
+                yield Sample(Path(name), label, video)
             if none:
                 raise ValueError("data: the shards of a process or of a loader's worker hold no samples")
+
+    def _label(self, value: Any, name: str) -> int:
+        if value is None or not 0 <= value < (math.inf if self.num_labels is None else self.num_labels):
+            allowed = "not negative" if self.num_labels is None else f"from 0 to {self.num_labels - 1}"
+            raise ValueError(f"data: the label of {name} must be {allowed}, got {value}")
+        return int(value)

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -244,6 +245,21 @@ class TestShards:
         assert found.val == []
         with pytest.raises(ValueError, match="a label in test that is not among 0, 1: 3"):
             find_held_out(str(shards), ["0", "1"])
+
+
+class TestLabelsOfSamples:
+    @pytest.mark.parametrize("label", [-1, 12, None])
+    def test_one_that_the_model_does_not_have_is_named(self, shards, label):
+        stream = stream_of(shards, num_labels=12)
+        rows = [{"mp4": {"path": "x", "bytes": b""}, "cls": label, "__key__": "clip007"}]
+        stream.samples = mock.MagicMock(__iter__=lambda _: iter(rows))
+        with pytest.raises(ValueError, match=f"the label of clip007 must be from 0 to 11, got {label}"):
+            next(iter(stream))
+
+    def test_all_that_it_has_pass(self, shards):
+        assert sorted(flat(labels(stream_of(shards, num_labels=12)))) == list(range(12))
+        with pytest.raises(ValueError, match=r"the label of clip011 must be from 0 to 10, got 11"):
+            labels(stream_of(shards, num_labels=11))
 
 
 class TestTooManyBad:
