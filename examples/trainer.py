@@ -53,7 +53,7 @@ class _Beginnings(TrainerCallback):
         loader, epoch = kwargs["train_dataloader"], int(state.epoch or 0)
         if hasattr(loader.dataset, "set_epoch"):
             loader.dataset.set_epoch(epoch)
-        if isinstance(loader.dataset, TrainingStream):
+        if isinstance(loader.dataset, TrainingStream) and not args.ignore_data_skip:
             loader.dataset.skip(state.global_step * args.gradient_accumulation_steps - epoch * len(loader))
 
 

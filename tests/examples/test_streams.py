@@ -22,7 +22,7 @@ from guards import TooManyBadVideos
 from made_videos import write_frames
 from motion_videos import moving_shape
 from torch.utils.data import DataLoader
-from trainer import VideoTrainer
+from trainer import VideoTrainer, _Beginnings
 
 datasets = pytest.importorskip("datasets", reason="the data extra is not installed")
 from streams import TrainingStream, find_held_out, is_shards, open_hub, open_shards, shards_of  # noqa: E402
@@ -275,3 +275,14 @@ class TestTooManyBad:
         stated = f"3 of {length or 4 * steps} videos"
         with pytest.raises(TooManyBadVideos, match=stated) if fails else contextlib.nullcontext():
             VideoTrainer.check_bad_videos(trainer, videos=12)
+
+
+@pytest.mark.parametrize(("ignored", "skipped"), [(False, 2), (True, 0)])
+def test_what_an_epoch_had_before_is_given_again_where_that_is_asked_for(shards, ignored, skipped):
+    """Trainer passes over no batches then: empty ones would reach the model."""
+    stream = stream_of(shards)
+    loader = DataLoader(stream, batch_size=2, collate_fn=collate)
+    args = SimpleNamespace(ignore_data_skip=ignored, gradient_accumulation_steps=1)
+    state = SimpleNamespace(epoch=1 + 2 / 6, global_step=8)
+    _Beginnings().on_epoch_begin(args, state, None, train_dataloader=loader)
+    assert sum(not batch for batch in loader) == skipped
