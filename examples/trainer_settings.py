@@ -34,7 +34,7 @@ WORKING = frozenset(
 # These too, where an evaluation takes place.
 OF_EVALUATION = frozenset(
     """
-    eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size prediction_loss_only
+    eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
     eval_accumulation_steps eval_use_gather_object load_best_model_at_end metric_for_best_model greater_is_better
     """.split()  # noqa: SIM905
 )
@@ -50,6 +50,7 @@ INSTEAD = {
     "optim_target_modules": "parameter groups are those of layer_decay",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size is its name now",
     "eval_do_concat_batches": "accuracy is counted over all predictions at once",
+    "prediction_loss_only": "accuracy, and the tables beside a model, are counted from predictions",
     "batch_eval_metrics": "accuracy is counted over all predictions at once",
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "bf16 and fp16 are the precision of evaluation too"),
     "save_only_model": "a checkpoint has all that a run needs to go on, the model alone lies in output_dir at its end",

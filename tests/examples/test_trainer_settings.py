@@ -43,7 +43,7 @@ GIVEN: dict[str, Any] = {
     "ddp_bucket_cap_mb": 9, "ddp_broadcast_buffers": True, "ddp_static_graph": True, "ddp_backend": "gloo",
     "ddp_timeout": 60, "fsdp": "full_shard", "fsdp_config": {"limit_all_gathers": True},
     "eval_strategy": "no", "eval_steps": 5, "eval_delay": 2.0, "eval_on_start": True, "per_device_eval_batch_size": 3,
-    "prediction_loss_only": True, "eval_accumulation_steps": 2, "eval_use_gather_object": True,
+    "eval_accumulation_steps": 2, "eval_use_gather_object": True,
     "load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True,
 }  # fmt: skip
 FOUND = {"report_to": []}
@@ -104,6 +104,11 @@ def test_a_refusal_names_ours(name, ours):
     with pytest.raises(ValueError, match=rf"{name} is no setting here: .*\b{ours}\b"):
         read(FinetuningRecipe, f"--{name}", "1")
     assert ours in OURS
+
+
+def test_predictions_are_needed():
+    with pytest.raises(ValueError, match="prediction_loss_only is no setting here: accuracy, and the tables"):
+        read(FinetuningRecipe, "--prediction_loss_only", "true")
 
 
 def test_what_is_refused_is_not_said_to_work():
