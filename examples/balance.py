@@ -28,4 +28,7 @@ class BalancedSampler(WeightedRandomSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator = item_generator(self.clips.seed, self.clips.epoch)
-        yield from super().__iter__()
+        drawn: Counter[int] = Counter()
+        for i in super().__iter__():
+            yield i + drawn[i] * len(self.clips)  # the same video, but another clip of it each time
+            drawn[i] += 1

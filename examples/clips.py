@@ -135,6 +135,8 @@ class TrainingClips(Dataset[dict[str, Any]]):
     Item i is `ClipCutter`'s of video i. Where it is unreadable the item shows another of the list, with that one's own
     label, and "bad" names video i and why (and any other that was tried).
 
+    Item i + k · (number of videos) is another clip of video i, for one that an epoch has more than once.
+
     The item depends on (seed, epoch, i) alone, whichever worker makes it. `set_epoch` reaches running workers too.
 
     Args:
@@ -178,13 +180,16 @@ class TrainingClips(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))  # no number is beyond the end
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         generator = item_generator(self.seed, self.epoch, i)
         return self.cut(self._candidates(i, generator), generator)
 
     def _candidates(self, i: int, generator: torch.Generator) -> Iterator[Entry]:
         """Entry i, and if that won't do others at random, each once."""
-        yield self.entries[i]
+        yield self.entries[i % len(self.entries)]
         others = torch.randperm(len(self.entries), generator=generator).tolist()
         others.remove(i % len(self.entries))
         yield from (self.entries[other] for other in others)

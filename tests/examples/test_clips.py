@@ -259,6 +259,18 @@ def test_an_item_depends_on_seed_epoch_and_index_alone(mixed):
     assert not any(same(backwards[i], data_set(6)[i]) for i in backwards)
 
 
+def test_numbers_beyond_the_list_are_other_clips_of_its_videos(good):
+    def cut(clip: Tensor, generator: torch.Generator) -> Tensor:
+        return clip[:, :, :1, :1] * 0 + torch.randint(256, (), generator=generator).to(torch.uint8)
+
+    entries = [Entry(entry.path, label) for label, entry in enumerate(good[:3])]
+    clips = TrainingClips(entries, Sampling(2, 1), cut)
+    again = [clips[1 + k * len(clips)] for k in range(8)]
+    assert {int(item["labels"]) for item in again} == {1}
+    assert len({int(item["pixel_values"].flatten()[0]) for item in again}) > 4  # of 256 that are drawn from
+    assert len(list(clips)) == 3
+
+
 def test_the_epoch_reaches_spawned_workers_too(good):
     clips = TrainingClips(good, Sampling(4, 5), Square())
     sent = pickle.loads(ForkingPickler.dumps(clips))

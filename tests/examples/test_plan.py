@@ -102,7 +102,7 @@ class TestBalancedSampler:
 
     def test_all_labels_are_as_frequent(self):
         clips = self.clips()
-        drawn = Counter(clips.entries[i].label for i in BalancedSampler(clips, 3000))
+        drawn = Counter(clips.entries[i % 100].label for i in BalancedSampler(clips, 3000))
         assert sum(drawn.values()) == 3000
         for label in range(3):  # 1000 ± 4.5 standard deviations
             assert drawn[label] == pytest.approx(1000, abs=4.5 * (3000 * 2 / 9) ** 0.5)
@@ -114,3 +114,10 @@ class TestBalancedSampler:
         first = list(sampler)
         clips.set_epoch(1)
         assert list(sampler) != first
+
+    def test_a_video_that_is_drawn_again_is_numbered_on(self):
+        of_video: dict[int, list[int]] = {}
+        for i in BalancedSampler(self.clips(), 600):
+            of_video.setdefault(i % 100, []).append(i // 100)
+        assert len(of_video[99]) > 100  # the only one of its label
+        assert all(numbers == list(range(len(numbers))) for numbers in of_video.values())
