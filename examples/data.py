@@ -99,8 +99,9 @@ def load_data(recipe: Any, training: TrainingArguments) -> Data:
 def _hold_out(
     entries: list[Entry], recipe: Any, training: TrainingArguments, root: str | Path
 ) -> tuple[list[Entry], list[Entry]]:
+    # With another val_fraction: anew where no step was taken, and else refused (recorded.check_goes_on).
     recorded = read(training.output_dir) if Path(training.output_dir).exists() else {}
-    same = all(recorded.get(name) == getattr(recipe, name) for name in ("data", "train_list"))
+    same = all(recorded.get(name) == getattr(recipe, name) for name in ("data", "train_list", "val_fraction"))
     held_out = held_out_of(entries, recorded.get("held_out", []), root) if same else []
     if not held_out:
         return split_off(entries, recipe.val_fraction, training.seed)

@@ -20,10 +20,10 @@ FILE = "recipe.json"
 # Of TrainingArguments, what a run learns with.
 _RATES = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
 _REST = ("optim", "lr_scheduler_type", "max_steps", "seed")
-# What can't change within a run: the model's shape, and what its place in the schedule is counted in.
+# What can't change within a run: the model's shape, what is held out, and what its place in the schedule is counted in.
 _FIXED = (
     *("backbone", "num_frames", "size", "patch_size", "decoder_depth", "num_labels", "labels"),
-    *("batch_size", "repeats", "optim"),
+    *("val_fraction", "batch_size", "repeats", "optim"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -294,6 +295,8 @@ class TestGoingOn:
         for number in range(20, 30):
             shutil.copy(root / "a" / "1.mp4", root / "a" / f"{number}.mp4")
         assert load_data(recipe, new).held_out_names != before.held_out_names
+        other = dataclasses.replace(recipe, val_fraction=0.5)
+        assert len(load_data(other, old).held_out) == (18 + 8) // 2  # where it is refused later if it has a checkpoint
         after = load_data(recipe, old)
         assert after.held_out == before.held_out
         assert len(after.train) == len(before.train) + 10

@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import mark_complete
 from recipe import FinetuningRecipe, parse
-from recorded import read, record, write
+from recorded import check_goes_on, read, record, write
 from run import TRAINING_DEFAULTS
 from training_runs import EXAMPLES, ON_CPU, TINY
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, ViTConfig
@@ -227,3 +227,14 @@ class TestAnotherRunsFolder:
         line = run(pretrain, capfd, "--train_list", videos, "--output_dir", tmp_path / "new",
                    "--resume_from_checkpoint", "true", *ON_CPU)  # fmt: skip
         assert "resume_from_checkpoint: true is no folder" in line
+
+    @pytest.mark.parametrize(("before", "now"), [(0.2, 0.5), (0.0, 0.2), (0.2, 0.0)])
+    def test_another_share_to_hold_out(self, tmp_path, before, now):
+        """Videos would be tested that were trained on."""
+        checkpoint = tmp_path / "checkpoint-3"
+        checkpoint.mkdir()
+        settings = {"section": "finetuning", "model": None, "val_fraction": before}
+        write(checkpoint, settings)
+        check_goes_on(str(checkpoint), str(tmp_path), settings)
+        with pytest.raises(ValueError, match=f"holds a run with val_fraction {before}, not {now}: give another"):
+            check_goes_on(str(checkpoint), str(tmp_path), settings | {"val_fraction": now})
