@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,14 +26,19 @@ _OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def complete_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a run's folder that were written to their end, oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if (path / _COMPLETE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return [path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()]
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """Folders that a run writes, in the order of their steps: checkpoint-best, say, is somebody's copy."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def checkpoint_to_resume(folder: str | Path) -> str | None:
     """The last complete checkpoint of a run, or None for a new one. Half-written ones are removed."""
     finished = complete_checkpoints(folder)
-    for path in Path(folder).glob("checkpoint-*"):
+    for path in _checkpoints(folder):
         if path not in finished:
             logger.warning("%s was being written when the run was killed: removed", path)
             shutil.rmtree(path)

@@ -153,6 +153,17 @@ class TestCheckpoints:
 
 
 class TestHowManyAreKept:
+    def test_what_no_run_has_written_is_left_alone(self, tmp_path):
+        for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-best", "checkpoint-10-copy"):
+            (tmp_path / name).mkdir()
+            if name != "checkpoint-11":
+                mark_complete(tmp_path / name)
+        (tmp_path / "checkpoint-12").write_text("a file")
+        assert checkpoint_to_resume(tmp_path) == str(tmp_path / "checkpoint-10")
+        drop_oldest(tmp_path / "checkpoint-10", 1, None)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert left == ["checkpoint-10", "checkpoint-10-copy", "checkpoint-12", "checkpoint-best"]
+
     @pytest.mark.skipif(not hasattr(trainer_utils, "rotate_checkpoints"), reason="a method of Trainer before 5.0")
     @pytest.mark.parametrize("best", [None, 1, 3, 6])
     @pytest.mark.parametrize("limit", [None, -1, 0, 1, 2, 3, 9])
