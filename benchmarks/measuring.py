@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everest_tokens.comparing import seconds_of
 from everest_tokens.selectors import TubeSelector
 from everest_tokens.tubelets import Grid
 
@@ -115,18 +115,6 @@ def paired_seconds(
                 seconds[name].append(taken)
             progress()
     return seconds
-
-
-def seconds_of(step: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Seconds of one run, from an idle device to an idle device."""
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:

@@ -100,6 +100,8 @@ def predict(
     loaded, results, drawn = _on_device(patched_model(model, keep_ratio)), [], Counter[str]()
     if heatmap is not None:
         heatmap.mkdir(parents=True, exist_ok=True)
+        reading = reading_of(loaded, model, stride)
+        look = reading["processor"]
     for video, result in zip(
         tqdm(videos, desc="videos", disable=len(videos) == 1),
         classify(loaded, model, videos, views=views, stride=stride, top=top),
@@ -110,9 +112,7 @@ def predict(
             print(f"everest-tokens: {result['problem']}", file=sys.stderr)
             continue
         if heatmap is not None:
-            reading = reading_of(loaded, model, stride)
             clip = load_views(video, clips=1, crops=1, **reading).to(loaded.device)
-            look = reading["processor"]
             pixels = pixels_of(clip) if look is None else pixels_of(clip, look.image_mean, look.image_std)
             picture = draw([selection_part(pixels, {"kept": select_tokens(loaded, clip)})])
             name = "-".join(video.absolute().parts[-2:]).lstrip("/-")

@@ -65,7 +65,7 @@ def compare(
             if turn == 1:
                 peaks[ratio] = _peak(run, device)
             else:
-                seconds[ratio].append(_seconds(run, device))
+                seconds[ratio].append(seconds_of(run, device))
             progress()
     return {ratio: (seconds[ratio][1:], peaks[ratio]) for ratio in runs}
 
@@ -81,13 +81,15 @@ def _step(model: Any, forward: Callable[[], Any]) -> Callable[[], None]:
     return step
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """Seconds of one run, from an idle device to an idle device."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
-    wait()
+    if cuda:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 

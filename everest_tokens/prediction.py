@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def classify(
 def reading_of(model: Any, folder: str, stride: int | None = None) -> dict[str, Any]:
     """Arguments of `load_views` for a model's clips; stride: in place of the folder's."""
     _, frames, _, height, width = host_of(model).example(model)[0]
-    stride = _recorded_stride(folder) if stride is None else stride
+    stride = int(recorded(folder).get("stride", 4)) if stride is None else stride
     return {"num_frames": frames, "stride": stride, "size": (height, width), "processor": _processor(folder)}
 
 
@@ -110,8 +111,21 @@ def _processor(folder: str) -> Any:
     )
 
 
-def _recorded_stride(folder: str) -> int:
+def recorded(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what is recorded of a folder's or a hub model's training; {} where nothing is.
+
+    Raises:
+        ValueError: the file is broken, by its name.
+    """
     missing = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
     flags = {f"_raise_exceptions_for_{name}": value for name, value in missing.items()}
-    path = Path(folder, RECORD) if Path(folder).exists() else cached_file(folder, RECORD, **flags)
-    return int(json.loads(Path(path).read_text()).get("stride", 4)) if path and Path(path).is_file() else 4
+    path = Path(folder, RECORD) if Path(folder).exists() else cached_file(str(folder), RECORD, **flags)
+    if not path or not Path(path).is_file():
+        return {}
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is broken: it holds a {type(settings).__name__}, no settings")
+    return settings

@@ -64,17 +64,12 @@ def frame_numbers(length: int, sampling: Sampling, *, generator: torch.Generator
     if sampling.stride is not None:
         return dense_indices(length, num_frames, sampling.stride, generator=generator)
     if generator is None:
-        return view_frame_numbers(length, sampling, 1)[0]
+        return view_indices(length, num_frames, 0, 1)[0]
     numbers = []
     for segment in range(num_frames):
         first, end = segment * length // num_frames, (segment + 1) * length // num_frames
         numbers.append(first + int(torch.randint(max(end - first, 1), (), generator=generator)))
     return numbers
-
-
-def view_frame_numbers(length: int, sampling: Sampling, clips: int) -> list[list[int]]:
-    """The frames of `clips` temporal views for testing (see `view_indices`)."""
-    return view_indices(length, sampling.num_frames, sampling.stride or 0, clips)
 
 
 # --- Training ---
@@ -219,7 +214,7 @@ class TestViews(Dataset[dict[str, Any]]):
     Args:
         entries: of `read_list`.
         sampling: which frames.
-        clips: temporal views (see `view_frame_numbers`).
+        clips: temporal views (see `view_indices`).
         crops: of the frame resized to a short side of `size`: 3 squares at the ends and in the middle of the long side
             (left, centre, right, or top, centre, bottom), or 1 in the middle.
         size: S.
@@ -246,7 +241,8 @@ class TestViews(Dataset[dict[str, Any]]):
         entry, shape = self.entries[i], (self.clips * self.crops, self.sampling.num_frames, 3, self.size, self.size)
 
         def choose(length: int) -> list[int]:
-            return [number for view in view_frame_numbers(length, self.sampling, self.clips) for number in view]
+            views = view_indices(length, self.sampling.num_frames, self.sampling.stride or 0, self.clips)
+            return [number for view in views for number in view]
 
         frames, problem = _read(entry, choose, self.size)
         if frames is None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.utils import cached_file
 
+from everest_tokens.prediction import RECORD as FILE
+from everest_tokens.prediction import recorded as read
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger(__name__)
 
-FILE = "recipe.json"
 # Of TrainingArguments, what a run learns with.
 _RATES = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
 _REST = ("optim", "lr_scheduler_type", "max_steps", "seed")
@@ -43,26 +43,6 @@ def write(folder: Path, recorded: dict[str, Any]) -> None:
     part = folder / f"{FILE}.part"
     part.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     os.replace(part, folder / FILE)
-
-
-def read(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is recorded of a folder's or a hub model; {} where nothing is.
-
-    Raises:
-        ValueError: the file is broken, by its name.
-    """
-    missing = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
-    flags = {f"_raise_exceptions_for_{name}": value for name, value in missing.items()}
-    path = Path(model, FILE) if Path(model).exists() else cached_file(str(model), FILE, **flags)
-    if not path or not Path(path).is_file():
-        return {}
-    try:
-        recorded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}") from error
-    if not isinstance(recorded, dict):
-        raise ValueError(f"{path} is broken: it holds a {type(recorded).__name__}, no settings")
-    return recorded
 
 
 def check_goes_on(checkpoint: str | None, output_dir: str, now: dict[str, Any]) -> None:

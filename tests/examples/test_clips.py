@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import Sampling, TestViews, TrainingClips, collate, frame_numbers, spatial_crops, view_frame_numbers
+from clips import Sampling, TestViews, TrainingClips, collate, frame_numbers, spatial_crops
 from decoding import read_frames
 from made_videos import (
     H264,
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from video_list import Entry
 
 from everest_tokens.demo import sample_video
+from everest_tokens.video import view_indices
 
 LENGTH = 40
 SQUARE = {"size": (84, 84), "length": LENGTH, "group": 10}
@@ -104,11 +105,11 @@ def test_dense_numbers_by_hand():
     assert frame_numbers(100, Sampling(4, 10)) == [34, 44, 54, 64]  # the clip spans 31 of 100 frames
     assert frame_numbers(25, Sampling(4, 10)) == [0, 10, 20, 24]
     assert frame_numbers(200, Sampling()) == list(range(69, 69 + 64, 4))
-    assert view_frame_numbers(100, Sampling(4, 10), 1) == [[34, 44, 54, 64]]
-    assert view_frame_numbers(100, Sampling(4, 10), 3) == [[0, 10, 20, 30], [34, 44, 54, 64], [69, 79, 89, 99]]
-    assert view_frame_numbers(33, Sampling(4, 10), 2) == [[0, 10, 20, 30], [2, 12, 22, 32]]
-    assert view_frame_numbers(25, Sampling(4, 10), 2) == [[0, 10, 20, 24], [0, 10, 20, 24]]
-    starts = [view[0] for view in view_frame_numbers(31 + 9, Sampling(4, 10), 5)]
+    assert view_indices(100, 4, 10, 1) == [[34, 44, 54, 64]]
+    assert view_indices(100, 4, 10, 3) == [[0, 10, 20, 30], [34, 44, 54, 64], [69, 79, 89, 99]]
+    assert view_indices(33, 4, 10, 2) == [[0, 10, 20, 30], [2, 12, 22, 32]]
+    assert view_indices(25, 4, 10, 2) == [[0, 10, 20, 24], [0, 10, 20, 24]]
+    starts = [view[0] for view in view_indices(31 + 9, 4, 10, 5)]
     assert starts == [0, 2, 4, 6, 9]  # 0, 2¼, 4½, 6¾, 9
 
 
@@ -116,9 +117,9 @@ def test_segment_numbers_by_hand():
     assert frame_numbers(40, Sampling(4, None)) == [5, 15, 25, 35]
     assert frame_numbers(7, Sampling(4, None)) == [0, 2, 4, 6]  # middles at 0.875, 2.625, 4.375, 6.125
     assert frame_numbers(2, Sampling(4, None)) == [0, 0, 1, 1]
-    assert view_frame_numbers(40, Sampling(4, None), 1) == [[5, 15, 25, 35]]
-    assert view_frame_numbers(40, Sampling(4, None), 2) == [[2, 12, 22, 32], [7, 17, 27, 37]]
-    assert view_frame_numbers(1, Sampling(4, None), 2) == [[0] * 4] * 2
+    assert view_indices(40, 4, 0, 1) == [[5, 15, 25, 35]]
+    assert view_indices(40, 4, 0, 2) == [[2, 12, 22, 32], [7, 17, 27, 37]]
+    assert view_indices(1, 4, 0, 2) == [[0] * 4] * 2
 
 
 @pytest.mark.parametrize("length", [1, 3, 41])
