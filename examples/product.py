@@ -210,6 +210,16 @@ def _text(
         patched += (
             f"\n# its frame sampler draws {config.num_frames} out of {frames} frames: pipe(video, num_frames={frames})"
         )
+    ratios = recorded.get("keep_ratios") or []
+    share = f"{recorded['keep_ratio']:g}"
+    for_budgets = ""
+    if ratios:
+        listed = f"{', '.join(f'{ratio:g}' for ratio in ratios[:-1])} or {ratios[-1]:g}"
+        for_budgets = (
+            f"\n\nEach step of its training kept {listed} of the tokens, drawn anew, so that it serves all of these"
+            f" budgets; {share} is what it keeps unless told otherwise (`keep_ratio` below)."
+        )
+        patched += f"\npipe.model.everest.selector.keep_ratio = {min(ratios):g}  # or another share of the tokens"
     if scores is None:
         results = "No videos were held out: how well it does is not known."
     else:
@@ -227,8 +237,8 @@ def _text(
 
 A VideoMAE that tells {len(labels)} labels apart: {shown}.
 
-Fine-tuned with [EVEREST](https://arxiv.org/abs/2211.10636)'s token selection, keeping {recorded["keep_ratio"]:g} of a
-clip's tokens, on clips of {config.num_frames} frames of {config.image_size}² pixels, {apart}.
+Fine-tuned with [EVEREST](https://arxiv.org/abs/2211.10636)'s token selection, keeping {share} of a
+clip's tokens, on clips of {config.num_frames} frames of {config.image_size}² pixels, {apart}.{for_budgets}
 
 **Licence:** to be filled in, `license:` above too.
 

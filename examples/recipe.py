@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 from data import Data
+from keep_ratios import check_ratios
 from trainer_settings import settle
 from transformers import HfArgumentParser, TrainingArguments, VideoMAEConfig
 from transformers.trainer_utils import IntervalStrategy
@@ -92,6 +93,7 @@ class FinetuningRecipe(Recipe):
     balanced: bool = _setting(False, "draw all labels equally often")
     early_stopping: int = _setting(0, "end after so many evaluations without a better accuracy; 0 is off")
     keep_ratio: float = _setting(0.6, Recipe.__dataclass_fields__["keep_ratio"].metadata["help"])
+    keep_ratios: list[float] = _setting([], "draw each step's share of the tokens from these, see keep_ratios.py")  # noqa: RUF009
     layer_decay: float = _setting(0.75, "factor on the learning rate from a block to the one below it")
     label_smoothing: float = _setting(0.1, "share of the target that is spread over all classes")
     drop_path: float = _setting(0.1, "stochastic depth of the last block")
@@ -237,6 +239,10 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"num_labels must be at least 2, got {recipe.num_labels}: the classes of train_list")
         if len(recipe.randaugment) != 2:
             raise ValueError(f"randaugment must be a magnitude and a standard deviation, got {recipe.randaugment}")
+        if recipe.keep_ratios:
+            check_ratios(recipe.keep_ratios)
+            if recipe.keep_ratio not in recipe.keep_ratios:
+                logger.warning("keep_ratio %g, which is evaluated and saved, is none of keep_ratios", recipe.keep_ratio)
 
 
 def _videos_at_once(recipe: Recipe, training: TrainingArguments) -> int:
