@@ -3,8 +3,8 @@
 keep_ratios.csv   a row for each selector and keep ratio: tokens, GFLOPs and speed of a clip's forward, accuracies in %
 keep_ratios.png   top-1 against GFLOPs and against clips a second, a line for each selector
 
-Clips a second are those of the model's forward alone, the median of five with all ways in turn, so that a machine's
-slow moments fall on all of them alike.
+Clips a second are those of the model's forward alone, the median of five or more with all ways in turn, so that a
+machine's slow moments fall on all of them alike.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def costs(model: Any, ways: Mapping[Way, TokenSelector], batch: int, repeats: in
     Args:
         model: patched, without wrappers.
         batch: random clips in a forward.
-        repeats: timed runs of each way, after two that warm up.
+        repeats: timed runs of each way, after two that warm up; more where all together take less than three seconds.
 
     Returns:
         way → tokens, gflops, clips_per_second, device. The model keeps the selector that it had.
@@ -50,7 +50,9 @@ def costs(model: Any, ways: Mapping[Way, TokenSelector], batch: int, repeats: in
     seconds: dict[Way, list[float]] = {way: [] for way in ways}
     found = {}
     try:
-        for _ in range(2 + repeats):
+        turns = 0
+        while turns < 2 + repeats or sum(map(sum, seconds.values())) < 3.0:
+            turns += 1
             for way, policy.selector in ways.items():
                 with torch.inference_mode():
                     seconds[way].append(seconds_of(lambda: model(pixel_values=clips), device))
@@ -77,7 +79,7 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A matplotlib Figure of two panels."""
+    """A matplotlib Figure of two panels; the first line has its keep ratios beside it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -88,7 +90,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Any:
             line = sorted((row for row in rows if row["selector"] == name), key=lambda row: row["keep_ratio"])
             xs, ys = [row[cost] for row in line], [row["top1"] for row in line]
             axis.plot(xs, ys, color=colour, marker=marker, label=name)
-            for x, y, row in zip(xs, ys, line, strict=True):
+            for x, y, row in zip(xs, ys, line, strict=True) if number == 0 else ():
                 axis.annotate(f"{row['keep_ratio']:g}", (x, y), (3, 4), textcoords="offset points", fontsize=8)
         axis.grid(color="0.9")
     panels[0].set(xlabel="GFLOPs of a clip (multiply–accumulates)", ylabel=f"top-1 of {rows[0]['videos']} videos, %")
