@@ -206,7 +206,8 @@ def settle(recipe: TestRecipe) -> dict[str, Any]:
         if name == "keep_ratio" and given in trained.get("keep_ratios", ()):
             continue
         if given is not None and given != trained.get(name, given):
-            logger.warning("%s is %s in this test, the model was trained with %s", name, given, trained[name])
+            was = trained[name] if trained[name] is not None else f"keep_tokens {trained['keep_tokens']}"
+            logger.warning("%s is %s in this test, the model was trained with %s", name, given, was)
     if recipe.stride is None:
         recipe.stride = trained.get("stride", 4)
         if not trained:

@@ -211,7 +211,7 @@ def _text(
             f"\n# its frame sampler draws {config.num_frames} out of {frames} frames: pipe(video, num_frames={frames})"
         )
     ratios = recorded.get("keep_ratios") or []
-    share = f"{recorded['keep_ratio']:g}"
+    share = f"{recorded.get('keep_tokens') or recorded['keep_ratio']:g}"
     for_budgets = ""
     if ratios:
         listed = f"{', '.join(f'{ratio:g}' for ratio in ratios[:-1])} or {ratios[-1]:g}"

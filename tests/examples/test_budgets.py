@@ -114,6 +114,20 @@ class TestEvaluation:
         predictions(fine, videos, tmp_path, "--keep_ratio", 0.3)
         assert "keep_ratio is 0.3 in this test, the model was trained with 0.5" in caplog.messages
 
+    def test_a_model_of_a_number_of_tokens(self, fine, videos, tmp_path, capfd, caplog):
+        """Is tested at a share of them if asked to, its anchor as it was; at several it is refused, as in training."""
+        model = et.patch_videomae(VideoMAEForVideoClassification.from_pretrained(fine))
+        model.everest.selector = et.ReRoSelector(keep_tokens=20, anchor="first")
+        model.save_pretrained(tmp_path / "counted")
+        recorded = json.loads((fine / "recipe.json").read_text()) | {"keep_ratio": None, "keep_tokens": 20}
+        (tmp_path / "counted" / "recipe.json").write_text(json.dumps(recorded | {"keep_ratios": []}))
+        with_own = predictions(tmp_path / "counted", videos, tmp_path)
+        as_much = predictions(tmp_path / "counted", videos, tmp_path, "--keep_ratio", 20 / 64)
+        assert with_own == as_much
+        assert "keep_ratio is 0.3125 in this test, the model was trained with keep_tokens 20" in caplog.messages
+        assert status(tmp_path / "counted", videos, tmp_path / "p.jsonl", "--keep_ratios", 0.5) == 2
+        assert "expected a selector with a keep_ratio, got ReRoSelector" in capfd.readouterr().err.splitlines()[-1]
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -174,6 +188,7 @@ def test_names_say_what_is_not_usual():
     assert (
         name_of(et.ReRoSelector(0.3, "cosine", descending=False)) == "ReRoSelector(distance='cosine', descending=False)"
     )
+    assert name_of(et.ReRoSelector(0.3, anchor="first")) == "ReRoSelector(anchor='first')"
     assert name_of(et.TubeSelector(0.2)) == "TubeSelector"
 
 

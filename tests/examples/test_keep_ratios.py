@@ -176,6 +176,11 @@ class TestRefused:
                 [0.5],
                 "expected a selector with a keep",
             ),
+            (
+                et.ReRoSelector(keep_tokens=8),
+                [0.5],
+                "with a keep_ratio, got ReRoSelector(keep_ratio=None, keep_tokens=8",
+            ),
             (et.ReRoSelector(0.5), [0.5, 0.05], "keep_ratio 0.05 leaves no token of grid (4, 2, 2) (16 tokens)"),
         ],
     )
@@ -284,6 +289,16 @@ class TestFinetuning:
         assert kept_tokens(tmp_path / "run") == [TOKENS[ratio_of([0.2, 1.0], 42, step)] for step in range(4)]
         assert "keep_ratio 0.5, which is evaluated and saved, is none of keep_ratios" in caplog.messages
 
+    def test_a_number_of_tokens_and_a_whole_step(self, videos, tmp_path):
+        """What the recipe says of the selector, without ratios."""
+        arguments = [TINY, "--data", videos, "--output_dir", tmp_path, "--epochs", 1, "--batch_size", 8, *ON_CPU]
+        arguments += ["--keep_tokens", 20, "--anchor", "first"]
+        assert finetune.main([str(argument) for argument in arguments]) == 0
+        assert kept_tokens(tmp_path) == [20, 20]
+        selector = json.loads((tmp_path / "config.json").read_text())["everest"]["selector"]
+        assert (selector["keep_ratio"], selector["keep_tokens"], selector["anchor"]) == (None, 20, "first")
+        assert "keeping 20 of a\nclip's tokens" in (tmp_path / "README.md").read_text()
+
     @pytest.mark.parametrize(
         ("ratios", "message"),
         [
@@ -292,6 +307,8 @@ class TestFinetuning:
             ([0.2, 0.2], "expected each once, got [0.2, 0.2]"),
             (["many"], "many"),
             ([0.5, 0.01], "keep_ratio 0.01 leaves no token of grid (4, 4, 4)"),
+            ([0.5, 0.2, "--anchor", "first"], "anchor='first' keeps the 16 tokens"),
+            ([0.5, "--keep_tokens", 20], "keep_ratios: keep_tokens 20 says what is kept: give keep_ratio"),
         ],
     )
     def test_wrong_ones_are_one_line(self, videos, tmp_path, capfd, monkeypatch, ratios, message):
