@@ -103,16 +103,20 @@ class TestInATrainer:
         assert logged == [tokens[ratio] for ratio in drawn]
 
     def test_a_step_that_fails_leaves_nothing_behind_for_the_next_training(self, model, tmp_path, monkeypatch):
-        trainer = video_trainer(model, tmp_path, callbacks=[KeepRatios([1.0])], max_steps=2)
+        settings = {"max_steps": 2, "eval_strategy": "epoch", "eval_on_start": True}
+        trainer = video_trainer(model, tmp_path, callbacks=[KeepRatios([1.0])], **settings)
 
         def fail(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(VideoTrainer, "compute_loss", fail)
+            patch.setattr(VideoTrainer, "training_step", fail)
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
+        assert model.everest.selector.keep_ratio == 1.0  # nobody could put it back
+        ran = forwards(model)
         trainer.train()
+        assert ran[:2] == [(False, 8)] * 2  # eight clips, four at once
         assert model.everest.selector.keep_ratio == OWN
 
     def test_one_graph_for_each_ratio(self, make_model, tmp_path):
