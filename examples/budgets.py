@@ -53,13 +53,15 @@ def costs(model: Any, ways: Mapping[Way, TokenSelector], batch: int, repeats: in
         turns = 0
         while turns < 2 + repeats or sum(map(sum, seconds.values())) < 3.0:
             turns += 1
-            for way, policy.selector in ways.items():
+            for way, selector in ways.items():
+                policy.selector = selector
                 with torch.inference_mode():
                     seconds[way].append(seconds_of(lambda: model(pixel_values=clips), device))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        for way, policy.selector in ways.items():
+        for way, selector in ways.items():
+            policy.selector = selector
             found[way] = {
-                "tokens": policy.selector.num_kept(grid),
+                "tokens": selector.num_kept(grid),
                 "gflops": round(et.count_flops(model).total / 1e9, 4),
                 "clips_per_second": float(f"{batch / statistics.median(seconds[way][2:]):.4g}"),
                 "device": name,

@@ -109,8 +109,8 @@ def run(arguments: list[str]) -> None:
     for batch in tqdm(loader, desc="testing", unit="video", disable=not accelerator.is_local_main_process):
         for position, index in enumerate(batch["index"].tolist()):
             problem, lines[index] = batch["problem"][position], []
-            for way, policy.selector in ways.items():
-                mean = None
+            for way, selector in ways.items():
+                policy.selector, mean = selector, None
                 if not problem:
                     mean = mean_softmax(model, normalise, batch["pixel_values"][position], recipe.views_at_once)
                 line = dict(zip(("selector", "keep_ratio"), way, strict=True)) if recipe.keep_ratios else {}

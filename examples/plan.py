@@ -60,14 +60,12 @@ def plan(
     with kept(model, max(keep_ratios)) if keep_ratios else nullcontext():
         numbers = numbers or [model.everest.selector.num_kept((steps_in_time, side, side))]
         weights, of_a_clip = memory(model)
-    *others, most = map(str, numbers)
-    some = f"{', '.join(others)} or {most}" if others else most
     lines = {
         "clips": f"{clips} to train on, {held_out} held out" + (f"; left out: {left_out}" if left_out else ""),
         "labels": f"{len(labels)}: {shown}" if labels else "none: pre-training",
         "steps": f"{steps} of {batch} clips, {epochs:g} epochs",
         "model": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters,"
-        f" {config.num_frames} frames of {config.image_size}²: {some} of {tokens} tokens kept",
+        f" {config.num_frames} frames of {config.image_size}²: {either(numbers)} of {tokens} tokens kept",
         "memory": f"about {(weights + at_once * of_a_clip) / 1e9:.2f} GB a process: weights, gradients and AdamW"
         f" {weights / 1e9:.2f}, {at_once} clips at {of_a_clip / 1e6:.1f} MB (float32)",
     }
@@ -123,6 +121,12 @@ class Timing(TrainerCallback):
                 "%s a step: an epoch takes about %s, what is left of the run %s",
                 spoken(seconds), spoken(seconds * in_epoch), spoken(seconds * (state.max_steps - state.global_step)),
             )  # fmt: skip
+
+
+def either(values: Sequence[float]) -> str:
+    """Alternatives as one says them: 0.2, 0.3 or 1."""
+    *others, last = (f"{value:g}" for value in values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def spoken(seconds: float) -> str:

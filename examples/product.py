@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from plan import either
 from transformers import VideoMAEImageProcessor
 
 _PACKAGES = ("everest-tokens", "torch", "torchvision", "transformers", "accelerate", "av", "torchcodec", "datasets")
@@ -214,10 +215,9 @@ def _text(
     share = f"{recorded.get('keep_tokens') or recorded['keep_ratio']:g}"
     for_budgets = ""
     if ratios:
-        listed = f"{', '.join(f'{ratio:g}' for ratio in ratios[:-1])} or {ratios[-1]:g}"
         for_budgets = (
-            f"\n\nEach step of its training kept {listed} of the tokens, drawn anew, so that it serves all of these"
-            f" budgets; {share} is what it keeps unless told otherwise (`keep_ratio` below)."
+            f"\n\nEach step of its training kept {either(ratios)} of the tokens, drawn anew, so that it serves all of"
+            f" these budgets; {share} is what it keeps unless told otherwise (`keep_ratio` below)."
         )
         patched += f"\npipe.model.everest.selector.keep_ratio = {min(ratios):g}  # or another share of the tokens"
     if scores is None:
