@@ -108,6 +108,7 @@ class VideoTrainer(Trainer):
         self._keep = self.args.save_total_limit  # kept here, so that nothing older goes before the new one is complete
         self.args.save_total_limit = None
         self._clips, self._since = 0, time.perf_counter()
+        self._kept_tokens: int | None = None
 
     # --- the run ---
 
@@ -241,6 +242,9 @@ class VideoTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self.guard.loss = self.guard.loss + loss
+        policy = getattr(self.model, "everest", None)
+        if policy is not None:
+            self._kept_tokens = policy.selector.num_kept(self._grid())
         return loss
 
     def compute_loss(
@@ -360,14 +364,13 @@ class VideoTrainer(Trainer):
     # --- log ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds clips a second, kept tokens and peak memory to the training lines."""
+        """Adds clips a second, kept tokens (of the last step) and peak memory to the training lines."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
             logs["clips_per_second"] = round(self._clips * self.args.world_size / seconds, 2)
             self._clips, self._since = 0, time.perf_counter()
-            policy = getattr(self.model, "everest", None)
-            if policy is not None:
-                logs["kept_tokens"] = policy.selector.num_kept(self._grid())
+            if self._kept_tokens is not None:
+                logs["kept_tokens"] = self._kept_tokens
             if torch.cuda.is_available():
                 logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             logs["bad_videos"], logs["bad_steps"] = len(self.bad), self.guard.bad_steps

@@ -112,6 +112,16 @@ class TestWriteProduct:
         assert "private" not in card.content
         assert "license" not in card.data.to_dict()
 
+    @pytest.mark.parametrize(("ratios", "said"), [([0.3], "kept 0.3 of"), ([0.6, 0.25, 1.0], "kept 0.6, 0.25 or 1 of")])
+    def test_a_card_tells_the_ratios_of_training_and_how_to_set_one(self, model, tmp_path, ratios, said):
+        write_product(tmp_path, model, RECORDED | {"keep_ratios": ratios}, None)
+        text = ModelCard.load(tmp_path / "README.md").text
+        assert f"Each step of its training {said} the tokens" in text
+        code = text.split("```python\n")[2].partition("```")[0]
+        names = {"pipe": SimpleNamespace(model=model)}
+        exec(code, names)
+        assert model.everest.selector.keep_ratio == min(ratios)
+
     def test_a_card_names_the_hubs_model_that_it_began_from(self, model, tmp_path):
         write_product(tmp_path, model, RECORDED | {"model": "MCG-NJU/videomae-base"}, None)
         card = ModelCard.load(tmp_path / "README.md")
