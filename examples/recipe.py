@@ -60,6 +60,7 @@ class Recipe:
     keep_ratio: float | None = _setting(0.3, "ρ_pre: share of the tokens that is kept")
     keep_tokens: int | None = _setting(None, "in place of keep_ratio the number of tokens that are kept")
     anchor: str | None = _setting(None, "first or middle: all tokens of that time step are among the kept")
+    camera: str = _setting("ignore", "compensate: what the camera's own motion changes is no change")
     alpha: float = _setting(0.0, "α: InfoFrameSampler draws the clip from α times as many frames; 0 is off")
     flip: bool = _setting(True, "flip half of the clips")
     repeats: int = _setting(1, "clips that are cut out of each decoded video (repeated augmentation)")
@@ -357,7 +358,9 @@ def frames_of(model: Any) -> int:
 def selection_of(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of `patch_videomae`. Raises ValueError, naming the setting, for values that can't be."""
     sampler = et.InfoFrameSampler(recipe.alpha) if recipe.alpha else None
-    selector = et.ReRoSelector(recipe.keep_ratio, anchor=recipe.anchor, keep_tokens=recipe.keep_tokens)
+    selector = et.ReRoSelector(
+        recipe.keep_ratio, anchor=recipe.anchor, keep_tokens=recipe.keep_tokens, camera=recipe.camera
+    )
     return {"selector": selector, "frame_sampler": sampler}
 
 
