@@ -1,11 +1,12 @@
 """A moving camera: each frame as the camera of a later one sees it, so that only what moves by itself has changed.
 
-Beyond the paper, whose Eq. 2 compares a token with what stood at the same place before. EgoPrune (Li et al., 2025) aligns
-the video tokens of a language model by a perspective; here the pixels are aligned before anything is encoded. The motion of a whole frame is
-estimated anew for each pair of frames: a search for the best translation over truncated differences, then Gauss–Newton
-steps (Lucas and Kanade, 1981; inverse compositional: Baker and Matthews, 2004) in which each pixel's vote is weighted
-by how far it is from moving along (Geman and McClure, 1987). Everything is float32, of static shapes and on the clips'
-device, with a fixed number of steps and nothing to wait for.
+Beyond the paper, whose Eq. 2 compares a token with what stood at the same place before. EgoPrune (Li et al., 2025)
+aligns the video tokens of a language model by a perspective; here pixels are aligned before anything is encoded.
+
+The motion of a whole frame is estimated anew for each pair of frames: a search for the best translation over truncated
+differences, then Gauss–Newton steps (Lucas and Kanade, 1981; inverse compositional: Baker and Matthews, 2004) in which
+each pixel's vote is weighted by how far it is from moving along (Geman and McClure, 1987). Everything is float32, of
+static shapes and on the clips' device, with a fixed number of steps and nothing to wait for.
 """
 
 from __future__ import annotations
