@@ -15,6 +15,7 @@ import hooks
 import pretrain
 import pytest
 import torch
+from checkpoints import mark_complete
 from data import held_out_of_trained, load_data
 from decoding import read_frames
 from made_videos import write_frames
@@ -304,6 +305,23 @@ class TestGoingOn:
         assert after.held_out == before.held_out
         assert len(after.train) == len(before.train) + 10
 
+    def test_the_split_is_that_of_another_runs_checkpoint(self, videos, tmp_path):
+        """Until the run that began from it has a checkpoint of its own."""
+        recipe = FinetuningRecipe(data=str(videos), val_fraction=0.25)
+        old, new = (tmp_path / name for name in ("old", "new"))
+        begun = TrainingArguments(str(new), seed=7, use_cpu=True, resume_from_checkpoint=str(old / "checkpoint-3"))
+        anew = load_data(recipe, begun)
+        for folder, seed in ((old, 0), (new, 1)):
+            training = TrainingArguments(str(folder), seed=seed, use_cpu=True)
+            split = load_data(recipe, training).held_out_names
+            assert split != anew.held_out_names
+            (folder / "checkpoint-3").mkdir(parents=True)
+            for place in (folder, folder / "checkpoint-3"):
+                write(place, record(recipe, training, held_out=split))
+            assert load_data(recipe, begun).held_out_names == json.loads((old / "recipe.json").read_text())["held_out"]
+        mark_complete(new / "checkpoint-3")
+        assert load_data(recipe, begun).held_out_names == split
+
     @pytest.mark.parametrize(
         ("place", "missing", "held_out"),
         [("then/videos", 0, True), ("then/videos", 1, True), ("now/videos", 0, True), ("now/videos", 1, False),
@@ -362,6 +380,23 @@ class TestStreams:
         assert sorted(whole) == list(range(1, 9))
         assert losses(tmp_path / "killed") == whole
         assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+    def test_what_was_unreadable_before_a_kill_counts(self, videos, tmp_path, capsys):
+        """Four of sixteen samples, of which the last step has at most its own."""
+        pytest.importorskip("datasets", reason="the data extra is not installed")
+        from test_streams import write_shard
+
+        files = sorted(videos.glob("*/*.mp4"))
+        content = [b"no video" if number % 4 == 0 else file.read_bytes() for number, file in enumerate(files)]
+        write_shard(tmp_path / "train-0.tar", {f"v{number:02}": (each, 0) for number, each in enumerate(content)})
+        arguments = [TINY, "--data", str(tmp_path), "--clips_per_epoch", "16", "--epochs", "1", "--batch_size", "4",
+                     "--warmup_epochs", "0", "--save_strategy", "steps", "--save_steps", "1", *ON_CPU,
+                     "--max_bad_fraction", "0.2", "--output_dir", str(tmp_path / "run")]  # fmt: skip
+        assert forked(lambda: (hooks.kill("compute_loss@3"), pretrain.main(arguments))[1]) == [-9]
+        assert pretrain.main(arguments) == 2
+        assert (
+            "4 of 16 videos could not be read, more than max_bad_fraction 0.2: v00, v04, v08" in capsys.readouterr().err
+        )
 
     def test_two_processes_fine_tune(self, shards, tmp_path):
         out = tmp_path / "run"
