@@ -253,6 +253,15 @@ pipe = pipeline("video-classification", "{name}")
 pipe("video.mp4")
 ```
 
+From transformers 5.23 on the pipeline decodes with torchcodec, which needs FFmpeg's libraries. Without them, with PyAV:
+
+```python
+from transformers.video_utils import load_video
+
+video, _ = load_video("video.mp4", num_frames={frames})
+pipe(video)
+```
+
 With `everest_tokens`, on as many tokens as in training, which is faster:
 
 ```python
@@ -261,8 +270,8 @@ import everest_tokens as et
 {patched}
 ```
 
-The pipeline decodes with torchcodec in new versions of transformers, with PyAV in older ones, and which frames of a
-video it takes is for transformers to say; clips as in training come from
+Which frames of a video the pipeline takes is for transformers to say: since 5.23 they are spread over the video, before
+they were its first ones. Clips as in training come from
 `everest_tokens.video.load_clip("video.mp4", num_frames={frames}, stride={stride or "…"}, size={config.image_size})`.
 
 ## Results

@@ -9,6 +9,7 @@ checkpoint, and the log shows clips a second, kept tokens and peak memory.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -306,12 +307,19 @@ class VideoTrainer(Trainer):
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         with written_whole(checkpoint):
             super()._save_checkpoint(model, trial)
+            (checkpoint / f"bad_videos_{self.args.process_index}.json").write_text(json.dumps(self.bad))
             if self.args.parallel_mode == transformers.training_args.ParallelMode.DISTRIBUTED:
                 torch.distributed.barrier()  # every process has written its part
             if self.args.should_save:
                 mark_complete(checkpoint)
         if self.args.should_save:
             self._drop_oldest(checkpoint)
+        if self.args.push_to_hub:
+            with written_whole(folder):  # it copies the model there
+                super()._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not in the midst of `Trainer._save_checkpoint`: an upload that fails would leave it unmarked."""
 
     def _drop_oldest(self, written: Path) -> None:
         drop_oldest(written, self._keep, self.state.best_model_checkpoint)
@@ -319,6 +327,9 @@ class VideoTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore(resume_from_checkpoint, self.model if model is None else model)
+        if isinstance(self.train_dataset, TrainingStream):  # a list's are met again
+            for file in Path(resume_from_checkpoint).glob("bad_videos_*.json"):
+                self.bad |= json.loads(file.read_text())
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
