@@ -238,6 +238,7 @@ def test_no_kernel_trains_outside_ddp(results, case, change):
 
 def test_a_model_that_accelerate_prepared_is_refused(make_model):
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one a process, whoever made it
     prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(
         make_model(VideoMAEForVideoClassification)
     )
