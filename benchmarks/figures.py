@@ -228,6 +228,39 @@ def accuracy(groups: dict[str, list[tuple[float, list[Row]]]], chance: float, ca
     return figure
 
 
+def camera(rows: Sequence[Row]) -> Figure:
+    """Agreement with what moves by itself for each path of the camera: each clip a mark of its own."""
+    ratios = list(dict.fromkeys(row["keep_ratio"] for row in rows))
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    names = list(dict.fromkeys((row["video"], row["start"]) for row in rows))
+    figure, axes = panels(len(ratios), "compared by pixels, no model and no device in it", height=5.2)
+    looks = {
+        "ignore": ("all tokens", "ignored"),
+        "compensate": ("rero", "compensated"),
+        "exact": ("tube", "known path"),
+    }
+    for axis, ratio in zip(axes, ratios, strict=True):
+        for place, (how, (method, label)) in enumerate(looks.items()):
+            colour = STYLES[method][0]
+            for marker, name in zip("osD^v<>", names, strict=False):
+                its = [r for r in rows if r["keep_ratio"] == ratio and (r["video"], r["start"]) == name]
+                at = [ways.index(row["way"]) + 0.25 * (place - 1) for row in its]
+                more = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5}
+                axis.plot([100 * row[how] for row in its], at, **more, label=label if marker == "o" else None)
+        axis.set_yticks(range(len(ways)), ways if axis is axes[0] else [""] * len(ways))
+        axis.invert_yaxis()
+        axis.set_xlim(0, 102)
+        axis.set_xlabel("agreement with what moves by itself, %")
+        axis.set_title(f"{ratio:.0%} of the tokens kept")
+        axis.grid(axis="x", color="0.9")
+    for marker, (video, start) in zip("osD^v<>", names, strict=False):
+        label = f"{video}, from frame {start}"
+        axes[0].plot([], [], color="0.5", marker=marker, linestyle="none", markersize=5, label=label)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
 def failures(
     panels_of: dict[str, dict[str, list[tuple[float, Sequence[float]]]]], chance: float, caption: str
 ) -> Figure:

@@ -103,12 +103,17 @@ def make_clips(task: Task, photos: Tensor, count: int, generator: torch.Generato
     Returns:
         clips uint8 (count, frames, 3, size, size) and labels int64 (count,).
     """
-    made = [_make(task, photos, min(_CHUNK, count - done), generator) for done in range(0, count, _CHUNK)]
-    clips, labels = zip(*made, strict=True)
+    made = [make_chunk(task, photos, min(_CHUNK, count - done), generator) for done in range(0, count, _CHUNK)]
+    clips, labels, _ = zip(*made, strict=True)
     return torch.cat(clips), torch.cat(labels)
 
 
-def _make(task: Task, photos: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def make_chunk(task: Task, photos: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Clips and labels as `make_clips` gives them, all made at once, and the moving disc's pixels.
+
+    Returns:
+        clips, labels, and bool (count, frames, size, size).
+    """
     side, along = photos.shape[1], torch.arange(task.size)
 
     def drawn(most: int, *shape: int) -> Tensor:
@@ -135,10 +140,12 @@ def _make(task: Task, photos: Tensor, count: int, generator: torch.Generator) ->
         texture = photos[drawn(len(photos), count, 1), cut[..., 0], cut[..., 1]].float()  # (n, M, 3)
         at = (centre[:, :, None] + disc) % task.size  # (n, T, M, 2)
         clips[clip, frame, at[..., 0], at[..., 1]] = texture[:, None]
+    moving = torch.zeros(count, task.frames, task.size, task.size, dtype=torch.bool)
+    moving[clip, frame, at[..., 0], at[..., 1]] = True  # of the last disc, which lies over the other
     if task.flicker:
         clips *= 1 + task.flicker * torch.randn(count, task.frames, 1, 1, 1, generator=generator)
     clips += task.noise * torch.randn(clips.shape, generator=generator)
-    return clips.round().clamp(0, 255).byte().permute(0, 1, 4, 2, 3).contiguous(), labels
+    return clips.round().clamp(0, 255).byte().permute(0, 1, 4, 2, 3).contiguous(), labels, moving
 
 
 def turned(clips: Tensor, labels: Tensor, turn: int) -> tuple[Tensor, Tensor]:

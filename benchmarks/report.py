@@ -17,6 +17,7 @@ from typing import Any
 import figures
 from documents import RESULTS
 from pages import Page, documents, on_gpu, rows_of, sources
+from report_camera import camera
 from report_motion import motion
 from report_steps import steps
 from step_rows import circumstances, clips, model_of
@@ -177,7 +178,7 @@ def shards(page: Page, folder: Path) -> None:
     page.add(sources(found))
 
 
-SECTIONS = (compute, steps, hosts, selection_cost, motion, loading, shards)
+SECTIONS = (compute, steps, hosts, selection_cost, camera, motion, loading, shards)
 
 
 def main(arguments: list[str] | None = None) -> None:

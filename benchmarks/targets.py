@@ -28,6 +28,9 @@ MEMORY_TARGETS = {
 EMBEDDING_TARGET = 1.0
 EMBEDDED = {"size": "B", "phase": "inference", "batch_size": 32, "dtype": "bfloat16", "distance": "l2", "frames": 16}
 
+# What compensating the camera's motion may add: on a CPU % of a fine-tuning step of ViT-B, on a GPU milliseconds.
+CAMERA_TARGETS = {"cpu": 2.0, "cuda": 1.5}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -67,6 +70,15 @@ def embedding_targets(row: dict[str, Any], gpu: bool) -> list[Target]:
     if not gpu or row.get("embedding_seconds") is None or any(row[key] != value for key, value in EMBEDDED.items()):
         return []
     return [Target("embedding", 1e3 * row["embedding_seconds"], EMBEDDING_TARGET, "ms")]
+
+
+def camera_target(row: dict[str, Any], gpu: bool) -> Target | None:
+    """The target that is set for a row of camera_motion.py's cost: of any CPU's, and of a GPU's with 32 clips."""
+    if not gpu:
+        return Target("share of the step", 100 * row["share"], CAMERA_TARGETS["cpu"], "%")
+    if (row["batch_size"], row["dtype"]) != (32, "bfloat16"):
+        return None
+    return Target("added", 1e3 * row["added_seconds"], CAMERA_TARGETS["cuda"], "ms")
 
 
 def unmeasured(steps: Iterable[dict[str, Any]], selections: Iterable[dict[str, Any]]) -> Iterator[str]:

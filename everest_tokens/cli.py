@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     ratio = "the model's, else the paper's 0.3, or 0.6 without a pixel decoder"
     argument("--keep-ratio", type=float, help=f"share of the tokens to keep (default: {ratio})")
     argument("--distance", choices=["l2", "l1", "cosine", "cka"], help="S of Eq. 2 (default: the model's, else l2)")
+    argument("--anchor", choices=["first", "middle"], help="keep all tokens of that time step (default: the model's)")
+    camera = "compensate draws the kept tokens with and without it, and the camera's estimated path"
+    argument("--camera", choices=["ignore", "compensate"], help=f"{camera} (default: the model's, else ignore)")
     argument("--stride", **stride)
     start = "where the clip begins, one number for all videos or one for each (default: it lies in the middle)"
     argument("--start", type=int, nargs="+", metavar="FRAME", help=start)

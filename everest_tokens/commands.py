@@ -19,9 +19,10 @@ from everest_tokens.demo import demo as demo
 from everest_tokens.exporting import export as export_model
 from everest_tokens.patching import patch_videomae, select_tokens
 from everest_tokens.prediction import classify, reading_of
+from everest_tokens.selection import TokenSelection, compensates
 from everest_tokens.selectors import ReRoSelector
 from everest_tokens.video import load_clip, load_views
-from everest_tokens.visualization import check_out, draw, pixels_of, selection_part
+from everest_tokens.visualization import check_out, draw, path_row, pixels_of, selection_part
 
 _POSITIONS = {"sinusoid": "VideoMAE's sinusoid", "mvd": "MVD's 3D sin-cos", "stored": "the file's own table"}
 
@@ -44,20 +45,40 @@ def visualize(
     for number, video in enumerate(tqdm(videos, desc="clips", disable=len(videos) == 1)):
         clip = load_clip(video, start=starts[number % len(starts)], **frames)
         title = video.name if len(videos) > 1 else ""
-        parts.append(selection_part(pixels_of(clip), {"kept": select_tokens(model, clip)}, title=title))
+        part = selection_part(pixels_of(clip), _kept(model, clip), title=title)
+        if compensates(policy.selector):
+            part.rows.append(path_row(clip))
+        parts.append(part)
     draw(parts, columns=columns).savefig(out)
     print(f"drawn in {out.resolve()}")
 
 
+def _kept(model: Any, clip: Any) -> dict[str, TokenSelection]:
+    """What is kept; where the camera's motion is compensated, what would be kept if it were ignored too."""
+    selector = model.everest.selector
+    if not compensates(selector):
+        return {"kept": select_tokens(model, clip)}
+    found = {"kept, camera compensated": select_tokens(model, clip)}
+    selector.camera = "ignore"
+    found["kept, camera ignored"] = select_tokens(model, clip)
+    selector.camera = "compensate"
+    return found
+
+
 def patched_model(
-    model: str | None, keep_ratio: float | None = None, distance: str | None = None, seed: int = 0
+    model: str | None,
+    keep_ratio: float | None = None,
+    distance: str | None = None,
+    seed: int = 0,
+    anchor: str | None = None,
+    camera: str | None = None,
 ) -> Any:
     """Load a model and patch it with the settings that it records, else the paper's, to look at what it keeps.
 
     Args:
         model: folder or hub id of transformers, or a checkpoint file of the VideoMAE family; None for a ViT-B's tubelet
             embedding with random weights, without blocks.
-        keep_ratio, distance: in place of the model's own.
+        keep_ratio, distance, anchor, camera: in place of the model's own.
 
     Raises:
         ValueError: not to be found, or no model that can be patched.
@@ -77,10 +98,12 @@ def patched_model(
         policy = patch_videomae(loaded.float().eval()).everest  # clips are float32, whatever a folder was saved in
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{model}: {str(error).splitlines()[0]}") from error
-    if distance is not None and not isinstance(policy.selector, ReRoSelector):
+    given = {"distance": distance, "anchor": anchor, "camera": camera}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not isinstance(policy.selector, ReRoSelector):
         policy.selector = ReRoSelector(policy.share_kept())
-    if distance is not None:
-        policy.selector.distance = distance
+    for name, value in given.items():
+        setattr(policy.selector, name, value)
     if keep_ratio is not None:
         policy.selector.keep_ratio = keep_ratio
     return loaded

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from everest_tokens.camera import camera_motion
 from everest_tokens.selection import TokenSelection
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
@@ -23,7 +24,10 @@ WHITE = 0.93  # what dropped tokens fade to: lighter than most frames, so that k
 
 
 class Row(NamedTuple):
-    """One image for each of a clip's T frames: (T, 3, H, W) in [0, 1], or values (T, h, w) on a colour scale."""
+    """One image for each of a clip's T frames: (T, 3, H, W) in [0, 1], or values (T, h, w) on a colour scale.
+
+    Or a place (T, 2) for each, drawn as two lines over the frames: to the right, and down.
+    """
 
     label: str
     images: Tensor
@@ -84,6 +88,19 @@ def selection_part(frames: Tensor, selections: dict[str, TokenSelection], *, cli
     return Part(rows, range(0, len(pixels), tubelet), captions, title)
 
 
+def path_row(clip: Tensor) -> Row:
+    """The camera's estimated path: its translations from frame to frame added up, in pixels from where it began.
+
+    A turn or a zoom about the middle of the frame is none, and neither is what `camera_motion` takes for rest.
+
+    Args:
+        clip: (1, T, 3, H, W).
+    """
+    steps = camera_motion(clip, 1)[0, :, :, 2].cpu()  # the middle's, in halves of the frame
+    path = torch.nn.functional.pad(steps, (0, 0, 1, 0)).cumsum(0)
+    return Row("camera's path, pixels", path * torch.tensor([clip.shape[-1] / 2, clip.shape[-2] / 2]))
+
+
 def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: float = 12.0) -> Figure:
     """Draw parts below each other: a line for each row, a column for each of at most `columns` time steps.
 
@@ -109,11 +126,11 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
     columns = min(columns, max(len(part.frames) for part in parts))
     left, gap = 11 * em, 0.4 * em
     right = (
-        6.5 * em * any(row.images.ndim == 3 for part in parts for row in part.rows)
-    )  # a colour scale and its numbers
+        6.5 * em * any(row.images.ndim < 4 for part in parts for row in part.rows)
+    )  # a colour scale and its numbers, or the names of lines
     wide = min((width - left - right) / columns, 17 * em) - gap
     high = wide * parts[0].rows[0].images.shape[-2] / parts[0].rows[0].images.shape[-1]
-    labels = {id(row): _wrapped(row.label, 10) for part in parts for row in part.rows}
+    labels = {id(row): _wrapped(row.label, 10 if row.images.ndim > 2 else 6) for part in parts for row in part.rows}
     line = max(high, 2.6 * em, *(_height(label, em) for label in labels.values())) + gap
     captions = [[_wrapped(caption, wide / em) for caption in part.captions] for part in parts]
     heads = [max(_height(text, em) for text in texts) + gap for texts in captions]
@@ -135,6 +152,13 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
         figure.text(left / page[0], (top - em) / page[1], name, **style)
         top -= head
         for row in part.rows:
+            if row.images.ndim == 2:
+                across = len(chosen) * (wide + gap) - gap
+                axis = frame_at(left, top - line / 2, across, max(high - em, 1.5 * em))
+                axis.set_ylabel(labels[id(row)], rotation=0, ha="right", va="center", **style)
+                _lines(axis, row.images, [part.frames[i] for i in chosen], font)
+                top -= line
+                continue
             limits = None
             if row.images.ndim == 3:
                 low, most = row.images.min().item(), torch.quantile(row.images.flatten(), 0.99).item()
@@ -153,6 +177,20 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
                 bar.tick_params(labelsize=font, width=0.05 * font, length=0.3 * font)
             top -= line
     return figure
+
+
+def _lines(axis: Any, places: Tensor, frames: Sequence[int], font: float) -> None:
+    """Draw places (T, 2) over the frames, those of `frames` below their images."""
+    between = (frames[-1] - frames[0]) / (len(frames) - 1) if len(frames) > 1 else len(places)
+    for name, values, style in zip(("right", "down"), places.T.tolist(), ("-", "--"), strict=True):
+        axis.plot(values, style, linewidth=0.15 * font, label=name)
+    low, high = places.min().item(), places.max().item()
+    axis.set_xlim(frames[0] - between / 2, frames[-1] + between / 2)
+    axis.set_yticks([low, high] if high - low > 1e-6 else [low])
+    axis.yaxis.set_major_formatter("{x:.3g}")
+    axis.tick_params(labelsize=font, width=0.05 * font, length=0.3 * font)
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "borderpad": 0, "handlelength": 1.5}
+    axis.legend(**beside, handletextpad=0.4, fontsize=font, frameon=False)
 
 
 def _height(text: str, em: float) -> float:

@@ -95,6 +95,46 @@ def test_recorded_settings_are_drawn_and_options_win(folder, tmp_path, drawn, ca
     assert "random weights" not in capsys.readouterr().out
 
 
+def kept_in(row, frames) -> torch.Tensor:
+    """(t, 4, 4) bool: the tokens that are drawn as they were."""
+    same = (row.images == frames.images).all(dim=1)[::2].view(-1, 4, 16, 4, 16)
+    return same.all(dim=4).all(dim=2)
+
+
+def test_an_anchored_step_is_drawn_whole(folder, tmp_path, drawn):
+    assert run(tmp_path, "--model", folder, "--anchor", "middle", "--keep-ratio", "0.4") == 0
+    frames, shown, _ = drawn[0][0].rows
+    counts = kept_in(shown, frames).flatten(1).sum(dim=1).tolist()
+    assert counts[2] == 16
+    assert sum(counts) == 25  # 0.4 of 64
+
+
+def test_a_compensated_camera_is_drawn_beside_an_ignored_one_and_its_path(folder, tmp_path, drawn, monkeypatch):
+    """The clip's window moves 3 pixels down a frame."""
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    picture = torch.nn.functional.interpolate(picture, (128, 128), mode="bicubic")[0]
+    clip = torch.stack([picture[:, 10 + 3 * f : 74 + 3 * f, 20:84] for f in range(8)])[None]
+    monkeypatch.setattr(commands, "load_clip", lambda *given, **more: clip)
+    assert run(tmp_path, "--model", folder, "--camera", "compensate") == 0
+    frames, compensated, ignored, importance, path = drawn[-1][0].rows
+    labels = [row.label.split("\n")[0] for row in drawn[-1][0].rows[1:]]
+    assert labels == ["kept, camera compensated", "kept, camera ignored", "importance", "camera's path, pixels"]
+    for row, camera in ((compensated, "compensate"), (ignored, "ignore")):
+        model = et.patch_videomae(VideoMAEForPreTraining.from_pretrained(folder), et.ReRoSelector(camera=camera))
+        selection = et.select_tokens(model, clip)
+        assert kept_in(row, frames).flatten().nonzero().flatten().tolist() == selection.kept[0].tolist()
+        if camera == "compensate":
+            assert torch.equal(importance.images[::2].flatten(), selection.importance[0])
+    assert path.images.tolist() == [pytest.approx([0, 3 * f], abs=0.2) for f in range(8)]
+
+    model.everest.selector.camera = "compensate"
+    model.save_pretrained(folder)
+    assert run(tmp_path, "--model", folder) == 0
+    assert len(drawn[-1][0].rows) == 5  # as recorded
+    assert run(tmp_path, "--model", folder, "--camera", "ignore") == 0
+    assert [row.label for row in drawn[-1][0].rows] == ["frames", "kept\n19 of 64", "importance"]
+
+
 def test_files_and_classifiers_are_drawn_as_what_they_are(tmp_path, drawn):
     sizes = {"img_size": (64, 64), "num_frames": 8, "embed_dim": 384, "depth": 1}  # a width that tells the heads
     decoder = {"decoder_dim": 192, "decoder_num_heads": 3, "decoder_depth": 1}
@@ -144,6 +184,7 @@ def test_a_page_for_each_suffix(folder, tmp_path, suffix):
         (["VIDEO", "--columns", "0"], "columns must be at least 1, got 0"),
         (["VIDEO", "--keep-ratio", "1.5"], "keep_ratio must be a number in (0, 1], got 1.5"),
         (["VIDEO", "--keep-ratio", "0.001"], "leaves no token"),
+        (["VIDEO", "--keep-ratio", "0.2", "--anchor", "first"], "anchor='first' keeps the 16 tokens of a whole"),
         (["VIDEO", "--model", "./nowhere"], "./nowhere: "),
         (["VIDEO", "--model", "no/where/at/all"], "no/where/at/all: "),
         (["VIDEO", "--model", "bert"], "bert: cannot patch BertModel"),

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from everest_tokens import TokenSelection
-from everest_tokens.visualization import Part, Row, draw, kept_map, kept_row, selection_part
+from everest_tokens.visualization import Part, Row, draw, kept_map, kept_row, path_row, selection_part
 
 GRID = (3, 2, 4)
 
@@ -95,6 +95,7 @@ def test_a_clip_of_the_batch_is_chosen():
 def strips(title: str, label: str, length: int = 4, width: int = 48) -> Part:
     images, heat = torch.rand(2 * length, 3, 32, width), torch.rand(2 * length, 2, 3)
     rows = [Row("frames", images), Row(label, images), Row("importance", 1234.5 * heat)]
+    rows.append(Row("camera's path, pixels", torch.tensor([-0.123, 100.0]).expand(2 * length, -1).cumsum(0)))
     return Part(rows, range(0, 2 * length, 2), [f"frame {i}" for i in range(2 * length)], title)
 
 
@@ -112,7 +113,7 @@ def test_no_text_leaves_the_page_or_touches_anything(titles, columns, width, fon
     )
     figure.canvas.draw()
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    assert len(texts) >= len(titles) * (columns + 5) - 1
+    assert len(texts) >= len(titles) * (columns + 10) - 1
     boxes = [box_of(text) for text in texts]
     for text, box in zip(texts, boxes, strict=True):
         assert figure.bbox.x0 <= box.x0, text
@@ -166,6 +167,32 @@ def test_the_colour_scale_is_the_whole_clips_and_saturates_at_the_top():
         low, high = axis.images[0].get_clim()
         assert low == 0
         assert high == pytest.approx(989.0, abs=0.1)
+
+
+def test_the_cameras_path_is_where_the_picture_was_cut_out():
+    """A window moves over a picture: 2 pixels to the right and 1 up a frame, then it rests."""
+    picture = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    picture = torch.nn.functional.interpolate(picture, (192, 192), mode="bicubic")[0]
+    rights, downs = (0, 2, 4, 6, 6), (0, -1, -2, -3, -3)
+    frames = [picture[:, 50 + d : 146 + d, 40 + r : 136 + r] for r, d in zip(rights, downs, strict=True)]
+    row = path_row(torch.stack(frames)[None])
+    assert row.label == "camera's path, pixels"
+    assert row.images.T.numpy() == pytest.approx(np.array([rights, downs]), abs=0.1)
+
+
+def test_lines_stand_below_the_frames_that_are_shown():
+    images, path = torch.rand(8, 3, 16, 16), torch.stack([torch.arange(8.0), torch.zeros(8)], dim=1)
+    part = Part([Row("frames", images), Row("path", path)], range(0, 8, 2), [f"{i}" for i in range(8)])
+    figure = draw([part])
+    *columns, axis = figure.axes
+    right, down = axis.lines
+    assert (right.get_label(), down.get_label()) == ("right", "down")
+    assert right.get_ydata().tolist() == list(range(8))
+    assert down.get_ydata().tolist() == [0.0] * 8
+    figure.canvas.draw()
+    for column, frame in zip(columns, (0, 2, 4, 6), strict=True):
+        box = column.get_window_extent()
+        assert axis.transData.transform((frame, 0))[0] == pytest.approx((box.x0 + box.x1) / 2, abs=3)
 
 
 def test_no_columns():

@@ -70,9 +70,10 @@ def with_ratio(selector: Any, ratio: float) -> Any:
 
 
 def strategies(model: Any, clip: Tensor, title: str = "", *, ratio: float = 0.5, seed: int = 0) -> Part:
-    """Random, tube, running cell and redundancy-robust selection at one keep ratio (Figure 8).
+    """Random, tube, running cell and redundancy-robust selection at one keep ratio (Figure 8), and ReRo's variants.
 
-    Running cells keep a quarter, a half or three quarters: the nearest. A grid of odd height or width has none.
+    Running cells keep a quarter, a half or three quarters: the nearest. A grid of odd height or width has none. An
+    anchor is drawn where more tokens are kept than those of its step.
     """
     own = model.everest.selector
     rows = {"random (ST-MAE)": et.RandomSelector(ratio), "tube (VideoMAE)": et.TubeSelector(ratio)}
@@ -85,6 +86,13 @@ def strategies(model: Any, clip: Tensor, title: str = "", *, ratio: float = 0.5,
         print(f"no running cells on {grid[1]}×{grid[2]} tokens: they are of 2×2")
     rero = with_ratio(own if isinstance(own, et.ReRoSelector) else et.ReRoSelector(), ratio)
     selections["ReRo (EVEREST)"] = kept_by(model, clip, rero, seed)
+    variants = {"ReRo, camera compensated": ("camera", "compensate")}
+    if rero.num_kept(grid) > grid[1] * grid[2]:
+        variants = {"ReRo, first step anchored": ("anchor", "first"), **variants}
+    for label, (name, value) in variants.items():
+        variant = copy.deepcopy(rero)
+        setattr(variant, name, value)
+        selections[label] = kept_by(model, clip, variant, seed)
     return selection_part(pixels_of(clip), selections, title=title)
 
 

@@ -342,3 +342,19 @@ def test_windows_without_motion_counted_frame_by_frame():
                 total += 1
                 moved += len(set(travelled[first : first + window])) > 1
         assert motion_clips.share_with_motion(task, window) == moved / total
+
+
+def test_the_moving_discs_pixels_are_those_that_change():
+    """Without noise a frame differs from the one before where the disc is or was, and nowhere else."""
+    task = Task(noise=0)
+    clips, labels, disc = motion_clips.make_chunk(task, charts(), 4, seeded(3))
+    plain, same = make_clips(task, charts(), 4, seeded(3))
+    assert torch.equal(clips, plain)
+    assert torch.equal(labels, same)
+    around = torch.arange(-task.radius, task.radius + 1)
+    area = int((around[:, None] ** 2 + around**2 <= task.radius**2).sum())
+    assert disc.shape == (4, task.frames, task.size, task.size)
+    assert (disc.sum(dim=(2, 3)) == area).all()
+    changed = (clips[:, 1:] != clips[:, :-1]).any(dim=2)
+    assert not changed[~(disc[:, 1:] | disc[:, :-1])].any()
+    assert changed.any()

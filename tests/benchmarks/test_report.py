@@ -225,6 +225,70 @@ def test_what_cannot_be_shown_is_an_error(tmp_path, capsys):
         page(tmp_path, step_cost_old={"results": []})
 
 
+# --- a moving camera ---
+
+
+def camera_rows() -> list[dict]:
+    """Two paths and two clips, whose shares tell them apart; made clips; what it costs on a CPU."""
+    rows = []
+    for clip, video in enumerate(("a.mp4", "b.mp4")):
+        for way, share in (("at rest", 0.9), ("pan", 0.5)):
+            for ratio in (0.15, 0.3):
+                row = {"part": "real", "way": way, "video": video, "start": 7 * clip, "keep_ratio": ratio}
+                row |= {"ignore": share - 0.1 * clip - ratio, "compensate": share - 0.1 * clip, "exact": 0.95}
+                rows.append(row | {"pixels_off": 0.2 + clip, "most_pixels_off": 3.0 + clip, "found_at_rest": 0.5})
+    for speed in (0.0, 1.5):
+        for ratio in (0.15, 0.3):
+            row = {"part": "made", "camera": speed, "keep_ratio": ratio, "clips": 12, "disc_tokens": 0.077}
+            rows.append(row | {"ignore": 1 - ratio - speed / 10, "compensate": 1 - speed / 10})
+    row = {"part": "cost", "size": "B", "phase": "fine-tuning", "batch_size": 2, "dtype": "float32", "mode": "eager"}
+    row |= {"ignore_seconds": 0.1, "compensate_seconds": 0.15, "added_seconds": 0.05, "share": 0.0123}
+    row |= {"share_quartiles": [0.01, 0.02], "ignore_operators": 30, "compensate_operators": 400}
+    return [*rows, row | {"ignore_kernels": None, "compensate_kernels": None}]
+
+
+def test_a_moving_camera(tmp_path):
+    text = page(tmp_path, camera_motion={"runs": camera_rows()})
+    # 0.5 − 0.15 and 0.4 − 0.15; 0.5 and 0.4; 0.5 − 0.3 and 0.4 − 0.3
+    cells = ["30.0%", "45.0% (40.0%–50.0%)", "95.0%", "15.0%", "45.0% (40.0%–50.0%)", "95.0%", "0.70", "4.0"]
+    assert line_of(text, "| pan |")[1:] == cells
+    cells = ["25.0%", "40.0%", "95.0%", "10.0%", "40.0%", "95.0%", "1.20", "4.0", "50%"]
+    assert line_of(text, "b.mp4, from frame 7")[1:] == cells
+    assert line_of(text, "| 1.5 |")[1:] == ["70.0%", "85.0%", "55.0%", "85.0%"]
+    assert "fills by half or more, 7.7% of all) that are kept; 12 clips" in text
+    cost = line_of(text, "ViT-B fine-tuning, 2 clips")
+    assert cost[1:5] == ["100.0", "150.0", "50.0", "1.23% (1.00%–2.00%)"]
+    assert cost[5:] == ["30 → 400", "–", "share of the step ≤ 2.00 %: met"]
+    assert "Not measured yet on a GPU: ≤ 1.5 ms with 32 clips in bfloat16." in text
+    gpu = camera_rows()[-1] | {"batch_size": 32, "dtype": "bfloat16", "compensate_kernels": 500, "ignore_kernels": 40}
+    text = page(tmp_path, camera_motion={"runs": camera_rows()}, camera_motion_cuda={"device": "H", "runs": [gpu]})
+    assert line_of(text, "32 clips, H")[-3:] == ["30 → 400", "40 → 500", "added ≤ 1.50 ms: MISSED"]
+    assert "Not measured yet on a GPU" not in text
+
+
+def test_the_camera_figure_has_every_clip_and_way():
+    figure = figures.camera([row for row in camera_rows() if row["part"] == "real"])
+    texts = check_texts(figure)
+    assert {"at rest", "pan", "15% of the tokens kept", "30% of the tokens kept", "a.mp4, from frame 0"} <= set(texts)
+    drawn = [tuple(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata())]
+    assert len(drawn) == 6  # two clips, three selections
+    assert pytest.approx((90, 50)) in drawn  # the first clip compensated, at rest and in a pan
+
+
+def test_the_readme_says_what_was_found_under_a_moving_camera():
+    rows = [row for row in rows_of(documents(RESULTS, "camera_motion")) if not on_gpu(row)]
+    moving = [row for row in rows if row["part"] == "real" and row["way"] != "at rest" and row["keep_ratio"] == 0.15]
+    found = [f"{100 * sum(r[how] for r in moving) / len(moving):.0f} %" for how in ("ignore", "compensate", "exact")]
+    section = " ".join(README.split("## Where it doesn't help")[1].split("## ")[0].split())
+    assert f"agrees with what moves by itself in {found[0]} of the kept tokens" in section
+    assert (
+        f'with `ReRoSelector(camera="compensate")` in {found[1]}, and with the known motion undone in {found[2]}'
+        in section
+    )
+    (cost,) = [row for row in rows if row["part"] == "cost"]
+    assert f"{100 * cost['share']:.1f} % of a fine-tuning step" in section
+
+
 # --- accuracy ---
 
 

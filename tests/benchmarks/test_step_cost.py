@@ -562,9 +562,11 @@ def test_the_gpu_script_measures_every_target(tmp_path, monkeypatch):
     assert any((case.frames, case.keep_ratio, case.batch_size) == (64, 0.15, 4) for case in cases)
     selection = next(command for command in commands if command[0] == "benchmarks/selection_cost.py")
     assert selection[selection.index("--batch-sizes") + 1] == "32"
+    camera = next(command for command in commands if command[0] == "benchmarks/camera_motion.py")
+    assert camera[camera.index("--batch-size") + 1] == "32"
     outs = [command[command.index("--out") + 1] for command in commands if "--out" in command]
     written = len(list((tmp_path / "out").iterdir()))
-    assert len(set(outs)) == len(outs) == written + 1  # all but selection's, not run here
+    assert len(set(outs)) == len(outs) == written + 2  # all but selection's and the camera's, not run here
     (tests,) = [command for command in commands if command[:2] == ["-m", "pytest"]]
     assert all((script.parents[1] / argument).is_file() for argument in tests if argument.startswith("tests/"))
 

@@ -70,27 +70,34 @@ def test_strategies_at_one_ratio_and_the_nearest_running_cells(model):
         "tube (VideoMAE)",
         "running cell (VideoMAE V2)",
         "ReRo (EVEREST)",
+        "ReRo, first step anchored",
+        "ReRo, camera compensated",
     ]
-    _, random, tube, cells, rero = (kept_by_pixels(row.images, pixels_of(clip)) for row in part.rows)
-    assert [int(kept.sum()) for kept in (random, tube, cells, rero)] == [32, 32, 32, 32]  # Figure 8's 0.5
+    _, *drawn = (kept_by_pixels(row.images, pixels_of(clip)) for row in part.rows)
+    assert [int(kept.sum()) for kept in drawn] == [32] * 6  # Figure 8's 0.5
+    _, tube, cells, rero, anchored, compensated = drawn
     assert (tube == tube[0]).all()  # the same places at every step
     assert (cells.view(4, 2, 2, 2, 2).sum(dim=(2, 4)) == 2).all()  # two places of every 2 × 2 cell
     assert not (cells == cells[0]).all()  # which run
     expected = et.select_tokens(et.patch_videomae(model, et.ReRoSelector(0.5)), clip).kept[0]
     assert rero.flatten().nonzero().flatten().tolist() == expected.tolist()
+    assert anchored[0].all()
+    assert torch.equal(compensated, rero)  # noise: no motion explains it
 
     part = figures.strategies(model, clip, ratio=0.35)
     assert [label.split("\n")[1] for label in labels_of(part)[1:]] == [  # tube: 16 - 10 places
         "22 of 64",
         "24 of 64",
         "16 of 64",
-        "22 of 64",
+        *["22 of 64"] * 3,
     ]
+    anchored = figures.strategies(model, clip, ratio=0.25)  # 16 tokens, as many as a step's
+    assert "ReRo, first step anchored" not in "".join(labels_of(anchored))
 
 
 def test_no_running_cells_on_an_odd_grid(capsys):
     model = et.patch_videomae(VideoMAEForPreTraining(config(image_size=48)))
-    assert len(figures.strategies(model, random_clip(size=48)).rows) == 4
+    assert len(figures.strategies(model, random_clip(size=48)).rows) == 6
     assert "no running cells on 3×3 tokens" in capsys.readouterr().out
 
 
