@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import motion_accuracy
 import pytest
 import torch
-from motion_accuracy import Batches, Settings, accuracy, clips_of, fit, train
+from motion_accuracy import Batches, Settings, accuracies, clips_of, fit
 from motion_clips import TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
 from motion_runs import ALL, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs
 from torch import nn
@@ -33,6 +33,12 @@ def _nothing_left():
     yield
     clips_of.cache_clear()
     motion_accuracy.pretrained.cache_clear()
+
+
+def train(run: Run, settings: Settings, device: torch.device) -> dict:
+    """The record of a run that is tested as it was trained."""
+    (record,) = motion_accuracy.train([run], settings, device)
+    return record
 
 
 def settings_of(experiment: str) -> set[tuple]:
@@ -219,7 +225,7 @@ def test_accuracy_is_the_share_of_right_answers(count):
 
     batches = SimpleNamespace(labels=labels, clips=labels, take=take)
     model = Oracle(labels).train()
-    assert accuracy(model, batches) == pytest.approx((count - math.ceil(count / 3)) / count)
+    assert accuracies(model, batches) == pytest.approx([(count - math.ceil(count / 3)) / count])
     assert model.training
     assert set(model.modes) == {(False, False)}
     assert set(turns) == {0}
@@ -258,7 +264,7 @@ def test_fit_learns_a_toy_at_a_rate_that_warms_up_and_decays(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     model, settings = toy()
-    assert accuracy(model, Shades()) < 0.5
+    assert accuracies(model, Shades())[0] < 0.5
     batches, looks = Shades(), []
     assert fit(model, batches, 200, 40, 0, settings, looks.append) < 0.3 < math.log(8)
     assert looks == [40, 80, 120, 160, 200]
@@ -268,7 +274,7 @@ def test_fit_learns_a_toy_at_a_rate_that_warms_up_and_decays(monkeypatch):
     assert len(batches.asked) == 200 * 16
     assert set(batches.asked) == set(range(40))  # the first clips, all of them
     assert set(batches.turns) == set(range(8))
-    assert accuracy(model, Shades()) > 0.95
+    assert accuracies(model, Shades())[0] > 0.95
 
 
 def test_fit_does_the_same_with_the_same_seed():
@@ -287,7 +293,7 @@ def fits(monkeypatch):
     """What `train` trains, in order, with every weight of the model changed in the place of a training."""
     seen = []
 
-    def fake(model, batches, steps, clips, seed, settings, look=None):
+    def fake(model, batches, steps, clips, seed, settings, look=None, keep_ratios=()):
         begin = {name: value.clone() for name, value in model.state_dict().items()}
         with torch.no_grad():
             for parameter in model.parameters():
@@ -506,10 +512,10 @@ def test_a_run_goes_on_where_it_was_and_prints_means_over_seeds(tmp_path, capsys
 def test_what_stands_in_the_file_survives_a_run_that_breaks_down(tmp_path, monkeypatch):
     out, genuine = tmp_path / "motion.json", motion_accuracy.train
 
-    def breaks(run, settings, device):
-        if run.task.frames == 24:
+    def breaks(runs, settings, device):
+        if runs[0].task.frames == 24:
             raise KeyboardInterrupt
-        return genuine(run, settings, device)
+        return genuine(runs, settings, device)
 
     monkeypatch.setattr(motion_accuracy, "train", breaks)
     with pytest.raises(KeyboardInterrupt):
