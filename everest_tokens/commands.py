@@ -39,7 +39,7 @@ def visualize(
     model, parts = patched_model(**selecting), []
     policy, config = model.everest, model.config
     policy.frame_sampler = None  # a clip's own frames are drawn, and which of the kept tokens are visible is not
-    policy.visible, policy.mask_ratio = None, 1 - policy.selector.keep_ratio / 2
+    policy.visible, policy.mask_ratio = None, 1 - policy.share_kept() / 2
     frames = {"num_frames": config.num_frames, "stride": stride, "size": config.image_size}
     for number, video in enumerate(tqdm(videos, desc="clips", disable=len(videos) == 1)):
         clip = load_clip(video, start=starts[number % len(starts)], **frames)
@@ -77,8 +77,10 @@ def patched_model(
         policy = patch_videomae(loaded.float().eval()).everest  # clips are float32, whatever a folder was saved in
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{model}: {str(error).splitlines()[0]}") from error
+    if distance is not None and not isinstance(policy.selector, ReRoSelector):
+        policy.selector = ReRoSelector(policy.share_kept())
     if distance is not None:
-        policy.selector = ReRoSelector(policy.selector.keep_ratio, distance)
+        policy.selector.distance = distance
     if keep_ratio is not None:
         policy.selector.keep_ratio = keep_ratio
     return loaded
@@ -138,7 +140,7 @@ def benchmark(model: str, keep_ratios: list[float] | None, batch_size: int, repe
     from tqdm import tqdm
 
     loaded = _on_device(patched_model(model))
-    ratios = keep_ratios or [loaded.everest.selector.keep_ratio]
+    ratios = keep_ratios or [loaded.everest.share_kept()]
     with tqdm(total=(len(ratios) + 1) * (repeats + 2), desc="runs", leave=False) as bar:
         costs = compare(
             loaded, ratios, batch_size=batch_size, repeats=repeats, training=training, progress=lambda: bar.update()
@@ -148,7 +150,7 @@ def benchmark(model: str, keep_ratios: list[float] | None, batch_size: int, repe
     print(f"{'':<22}{'clips a second':>15}{'time':>8}{'peak memory':>14}{'ratio':>8}")
     all_seconds, all_memory = costs[None]
     for ratio, (seconds, memory) in costs.items():
-        name = "all tokens, unpatched" if ratio is None else f"keep ratio {ratio}"
+        name = "all tokens, unpatched" if ratio is None else f"keep ratio {ratio:.4g}"
         time = median(mine / its for mine, its in zip(seconds, all_seconds, strict=True))
         print(
             f"{name:<22}{batch_size / median(seconds):>15.2f}{time:>8.2f}"

@@ -15,7 +15,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from everest_tokens.patching import host_of, patch_videomae, unpatch_videomae
-from everest_tokens.selectors import ReRoSelector
 from everest_tokens.video import integer
 
 
@@ -32,7 +31,7 @@ def compare(
 
     Args:
         model: patched, a classifier or encoder of transformers. Its weights are shared by all ways to run it.
-        keep_ratios: of `ReRoSelector`.
+        keep_ratios: of the model's selector, else as it is.
         repeats: timed runs of each, after two that warm up.
         training: steps (forward, backward, AdamW at rate 0) instead of forwards.
         progress: called 2 + repeats times for each way.
@@ -48,10 +47,10 @@ def compare(
     integer("repeats", repeats, least=1)
     if model.everest.task == "pretraining":
         raise ValueError("expected a classifier or an encoder: benchmarks/step_cost.py measures pre-training")
-    ways: dict[float | None, ReRoSelector | None] = {
-        None: None,
-        **{ratio: ReRoSelector(ratio) for ratio in keep_ratios},
-    }
+    ways: dict[float | None, Any] = {None: None}
+    for kept in keep_ratios:
+        ways[kept] = copy.deepcopy(model.everest.selector)
+        ways[kept].keep_ratio = kept
     device, runs = next(model.parameters()).device, {}
     for ratio, selector in ways.items():
         other = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).train(training)

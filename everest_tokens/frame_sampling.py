@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from everest_tokens.ranking import stable_order
-from everest_tokens.selectors import floor_of, static_ratio
+from everest_tokens.selectors import floor_of, static_number
 
 
 class InfoFrameSampler:
@@ -20,7 +20,7 @@ class InfoFrameSampler:
         alpha: α > 1, how many times more candidates than steps; the paper's best is 1.5 (Table 13).
     """
 
-    alpha = static_ratio("alpha", "a number above 1", lambda alpha: 1 < alpha < float("inf"))
+    alpha = static_number("alpha", "a number above 1", lambda alpha: 1 < alpha < float("inf"))
 
     def __init__(self, alpha: float = 1.5) -> None:
         self.settings: dict[str, Any] = {"name": type(self).__name__}

@@ -22,7 +22,7 @@ from everest_tokens.selectors import (
     TubeSelector,
     floor_of,
     shuffled,
-    static_ratio,
+    static_number,
 )
 from everest_tokens.tubelets import Grid, gather_tokens
 
@@ -100,7 +100,7 @@ class SelectionPolicy:
     selector = _part("selector")
     visible = _part("visible")
     frame_sampler = _part("frame_sampler")
-    mask_ratio = static_ratio("mask_ratio", "a number in (0, 1)", lambda ratio: 0 < ratio < 1)
+    mask_ratio = static_number("mask_ratio", "a number in (0, 1)", lambda ratio: 0 < ratio < 1)
 
     def __init__(
         self,
@@ -162,6 +162,11 @@ class SelectionPolicy:
         """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
         return num_steps if self.frame_sampler is None else self.frame_sampler.num_candidates(num_steps)
 
+    def share_kept(self) -> float:
+        """K / N of the clips that the model runs, by one of our selectors; its keep ratio where it has one."""
+        grid = self.host.geometry(self.root).grid
+        return self.selector.keep_ratio or self.selector.num_kept(grid) / math.prod(grid)
+
     def check(self, grid: Grid) -> None:
         """Raise ValueError where these settings can't work on clips of `grid`. Custom callables show only when run."""
         self.num_candidates(grid[0])
@@ -220,7 +225,7 @@ class SelectionPolicy:
         steps = None
         if self.frame_sampler is not None:
             candidates = (self.frame_sampler.num_candidates(grid[0]), *grid[1:])
-            counts = count_per_step(run_selector(self.selector, tokens, candidates, generator), candidates)
+            counts = count_per_step(self._telling(tokens, candidates, grid, generator), candidates)
             if training:
                 steps = self.frame_sampler(counts, grid[0], generator)
             else:
@@ -233,6 +238,12 @@ class SelectionPolicy:
             importance = self.selector.importance(tokens, grid)
         visible, target = self._split(kept, tokens, grid, generator)
         return TokenSelection(visible, target, grid, importance, steps)
+
+    def _telling(self, tokens: Tensor, candidates: Grid, grid: Grid, generator: torch.Generator | None) -> Tensor:
+        """The tokens (B, K) that tell informative time steps of the candidate clip from others."""
+        if type(self.selector) is ReRoSelector:
+            return self.selector.most_changed(tokens, candidates, grid)
+        return run_selector(self.selector, tokens, candidates, generator)
 
     def _split(
         self, kept: Tensor, tokens: Tensor, grid: Grid, generator: torch.Generator | None
@@ -261,7 +272,7 @@ def _ranks_alike(selector: Selector, visible: Selector) -> bool:
     """Whether the two keep the top of one ranking, so that the shorter selection lies within the longer."""
     if not (isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector)):
         return False
-    return selector.distance == visible.distance and selector.descending == visible.descending
+    return all(getattr(selector, name) == getattr(visible, name) for name in ("distance", "descending", "anchor"))
 
 
 def selector_from(settings: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -28,22 +28,33 @@ def floor_of(ratio: float, count: int) -> int:
     return math.floor(ratio * count + 1e-9)
 
 
-def static_ratio(name: str, expected: str, valid: Callable[[float], bool]) -> Any:
-    """A float setting that shapes follow from, as a property over the owner's `settings`.
+def static_number(
+    name: str, expected: str, valid: Callable[[Any], bool], kind: type = float, instead_of: str | None = None
+) -> Any:
+    """A number that shapes follow from, as a property over the owner's `settings`.
 
     Kept as text beside `settings`: torch.compile takes a float that changed once for a symbol, and the number of kept
     tokens with it; a text is a constant, so that each new value compiles once, into static shapes.
+
+    Args:
+        kind: float or int.
+        instead_of: another such property, which is None from the moment this one is set.
     """
     text = f"_{name}_text"
 
-    def get(self: Any) -> float:
-        return float(getattr(self, text))
+    def get(self: Any) -> Any:
+        held = getattr(self, text)
+        return None if held is None else kind(held)
 
-    def set_(self: Any, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, Real) or not valid(float(value)):
+    def set_(self: Any, value: Any) -> None:
+        number = Integral if kind is int else Real
+        if isinstance(value, bool) or not isinstance(value, number) or not valid(kind(value)):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
-        setattr(self, text, repr(float(value)))
-        self.settings[name] = float(value)
+        setattr(self, text, repr(kind(value)))
+        self.settings[name] = kind(value)
+        if instead_of is not None:
+            setattr(self, f"_{instead_of}_text", None)
+            self.settings[instead_of] = None
 
     return property(get, set_)
 
@@ -70,7 +81,8 @@ class TokenSelector(nn.Module):
     """
 
     random: ClassVar[bool] = False  # whether forward draws, and so takes `generator=`
-    keep_ratio = static_ratio("keep_ratio", "a number in (0, 1]", lambda ratio: 0 < ratio <= 1)  # ρ_pre of the paper
+    # ρ_pre of the paper
+    keep_ratio = static_number("keep_ratio", "a number in (0, 1]", lambda ratio: 0 < ratio <= 1)
 
     def __init__(self, keep_ratio: float) -> None:
         super().__init__()
@@ -98,16 +110,43 @@ class ReRoSelector(TokenSelector):
     a static clip too has one well-defined answer.
 
     Args:
-        keep_ratio: ρ_pre, in (0, 1]; the paper uses 0.3 in pre-training, 0.6 in fine-tuning (Tables 7 and 8).
+        keep_ratio: ρ_pre, in (0, 1]; the paper uses 0.3 in pre-training, 0.6 in fine-tuning (Tables 7 and 8). 0.3 where
+            neither this nor `keep_tokens` is given.
         distance: S of Eq. 2: "l2" (the paper's), "l1", "cosine", "cka" (Table 9), or a callable (a, b) → (...,) of
             two float32 tensors (..., D).
         descending: False keeps the least changed tokens instead (Table 16).
+        anchor: beyond the paper: "first" or "middle" (step ⌊t/2⌋) keeps all tokens of that time step, what never moves
+            too, and fills up K with the most changed tokens of the other steps.
+        keep_tokens: K itself instead of a share of N, so that long and short clips cost the encoder the same. Setting
+            it or `keep_ratio` later clears the other.
+
+    Raises:
+        ValueError: a setting out of range, or both `keep_ratio` and `keep_tokens`.
     """
 
-    def __init__(self, keep_ratio: float = 0.3, distance: str | Distance = "l2", descending: bool = True) -> None:
-        super().__init__(keep_ratio)
+    keep_ratio = static_number(
+        "keep_ratio", "a number in (0, 1]", lambda ratio: 0 < ratio <= 1, instead_of="keep_tokens"
+    )
+    keep_tokens = static_number(
+        "keep_tokens", "a whole number of at least 1", lambda count: count >= 1, int, instead_of="keep_ratio"
+    )
+
+    def __init__(
+        self,
+        keep_ratio: float | None = None,
+        distance: str | Distance = "l2",
+        descending: bool = True,
+        anchor: str | None = None,
+        keep_tokens: int | None = None,
+    ) -> None:
+        if keep_ratio is not None and keep_tokens is not None:
+            raise ValueError(f"expected keep_ratio or keep_tokens, got both: {keep_ratio!r} and {keep_tokens!r}")
+        super().__init__(0.3 if keep_ratio is None else keep_ratio)
+        if keep_tokens is not None:
+            self.keep_tokens = keep_tokens
         self.distance = distance
         self.descending = descending
+        self.anchor = anchor
 
     @property
     def distance(self) -> str | Distance:
@@ -136,6 +175,34 @@ class ReRoSelector(TokenSelector):
     @descending.setter
     def descending(self, value: bool) -> None:
         self.settings["descending"] = bool(value)
+
+    @property
+    def anchor(self) -> str | None:
+        """The time step that is kept whole: "first", "middle", or None."""
+        return self.settings["anchor"]
+
+    @anchor.setter
+    def anchor(self, value: str | None) -> None:
+        if value not in (None, "first", "middle"):
+            raise ValueError(f"anchor must be None, 'first' or 'middle', got {value!r}")
+        self.settings["anchor"] = value
+
+    def num_kept(self, grid: Grid) -> int:
+        """K for one clip of `grid`. Raises ValueError where it is none, more than N, or no more than the anchor's."""
+        count, area, total = self._count(grid), grid[1] * grid[2], math.prod(grid)
+        if count > total:
+            raise ValueError(f"keep_tokens {count} is more than the {total} tokens of grid {grid}")
+        if self.anchor is not None and count <= area:
+            least = math.ceil(1e4 * (area + 1) / total) / 1e4
+            size = f"{count} tokens, keep_{'tokens' if self.keep_ratio is None else f'ratio {self.keep_ratio}'}"
+            raise ValueError(
+                f"anchor={self.anchor!r} keeps the {area} tokens of a whole time step of grid {grid}, and {size},"
+                f" leaves none for the others: expected keep_ratio of at least {least:g}, or keep_tokens {area + 1}"
+            )
+        return super().num_kept(grid)
+
+    def _count(self, grid: Grid) -> int:
+        return super()._count(grid) if self.keep_tokens is None else self.keep_tokens
 
     @torch.no_grad()
     def importance(self, tokens: Tensor, grid: Grid) -> Tensor:
@@ -171,8 +238,36 @@ class ReRoSelector(TokenSelector):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) → kept indices (B, K), int64, ascending. Raises as `importance` and `num_kept` do."""
         kept = self.num_kept(grid)
-        ranked = stable_order(self.importance(tokens, grid), self.descending)
-        return ranked[:, :kept].sort(dim=1).values
+        score = self.importance(tokens, grid)
+        if self.anchor is not None:
+            score = self._with_anchor(score, grid)
+        return self._top(score, kept)
+
+    def most_changed(self, tokens: Tensor, candidates: Grid, grid: Grid) -> Tensor:
+        """The tokens by which candidate steps are told apart (§4.2): as many a step as `forward` keeps, no anchor.
+
+        Args:
+            tokens: (B, N, D) of the candidate clip.
+            candidates: (⌊α·τ⌋, h, w).
+            grid: (τ, h, w).
+
+        Returns:
+            (B, K) int64, ascending.
+        """
+        fixed = self.keep_tokens
+        kept = super().num_kept(candidates) if fixed is None else fixed * candidates[0] // grid[0]
+        return self._top(self.importance(tokens, candidates), kept)
+
+    def _with_anchor(self, score: Tensor, grid: Grid) -> Tensor:
+        """(B, N) → the same, the anchor's tokens ranked before anything that is finite or not."""
+        step = 0 if self.anchor == "first" else grid[0] // 2
+        finite, first = torch.finfo(score.dtype).max, math.inf if self.descending else -math.inf
+        by_step = score.clamp(-finite, finite).unflatten(1, (grid[0], -1))
+        here = torch.arange(grid[0], device=score.device).unsqueeze(1) == step
+        return by_step.masked_fill(here, first).flatten(1)
+
+    def _top(self, score: Tensor, kept: int) -> Tensor:
+        return stable_order(score, self.descending)[:, :kept].sort(dim=1).values
 
 
 class RandomSelector(TokenSelector):
@@ -221,7 +316,9 @@ class RunningCellSelector(TokenSelector):
 
     random = True
 
-    keep_ratio = static_ratio("keep_ratio", "0.25, 0.5 or 0.75, whole places of a cell", (0.25, 0.5, 0.75).__contains__)
+    keep_ratio = static_number(
+        "keep_ratio", "0.25, 0.5 or 0.75, whole places of a cell", (0.25, 0.5, 0.75).__contains__
+    )
 
     def _count(self, grid: Grid) -> int:
         t, h, w = grid

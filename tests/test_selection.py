@@ -482,6 +482,38 @@ def test_training_draws_by_the_counts_and_eval_takes_the_most_probable(check_fre
     assert likeliest.unique(dim=0).tolist() == [[2, 3]]
 
 
+@pytest.mark.parametrize("size", [{"keep_ratio": 0.625}, {"keep_tokens": 5}])
+def test_candidate_steps_are_told_apart_without_an_anchor_that_the_drawn_clip_has(size):
+    """5 of 8 tokens, so 10 of the 16 candidates: the changes above and two ties at 0, the lowest, c = 3 1 2 4."""
+    steps = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [2, 1, 0, 0], [3, 2, 1, 1]])
+    policy = encoder(ReRoSelector(anchor="middle", **size), InfoFrameSampler(2.0))
+    selection = policy.select(steps.view(1, 16, 1).expand(2, -1, -1), (2, 2, 2), training=False)
+    assert selection.steps.tolist() == [[0, 3]] * 2  # with the anchor c would be 1 1 4 4
+    assert selection.frame_counts.tolist() == [[1, 4]] * 2
+
+
+@pytest.mark.parametrize("anchor", ["first", "middle"])
+def test_pretraining_draws_visible_tokens_from_the_anchor_too(anchor, check_indices):
+    policy, grid = pretraining(ReRoSelector(0.3, anchor=anchor)), VIT
+    selection = policy.select(random_tokens(grid), grid)
+    check_indices(selection.visible, 3, 156, 1568)
+    check_indices(selection.target, 3, 314, 1568)
+    step = 0 if anchor == "first" else 4
+    assert selection.frame_counts[:, step].tolist() == [196] * 3
+    seen = (selection.visible // 196 == step).sum(dim=1)
+    assert (seen > 30).all()  # of 156 a share of 196/470 is drawn, 65 on average; 30 is seven deviations below
+    assert (seen < 100).all()
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"anchor": "first"}, "anchor"), ({"distance": "l1"}, "distance")])
+def test_two_rankings_that_differ_share_no_fixed_number_of_tokens(settings, name):
+    policy = pretraining(ReRoSelector(0.5, **settings), visible=ReRoSelector(0.3))
+    with pytest.raises(ValueError, match="differs from clip to clip"):
+        policy.check(VIT)
+    policy.visible = ReRoSelector(0.3, **settings)
+    policy.check(VIT)
+
+
 @pytest.mark.parametrize("selector", [RandomSelector(0.5), TubeSelector(0.5), RunningCellSelector(0.5)])
 @pytest.mark.parametrize("training", [True, False])
 def test_frames_are_drawn_around_random_selectors_too(selector, training, check_indices):

@@ -333,9 +333,10 @@ def test_one_time_step_has_nothing_to_compare():
 )
 def test_a_keep_ratio_that_is_none_is_refused_when_made_and_when_set(cls, value):
     message = r"keep_ratio.*got "
-    with pytest.raises(ValueError, match=message) as error:
-        cls(value)
-    assert str(error.value).endswith(repr(value))
+    if cls is not ReRoSelector or value is not None:  # it takes `keep_tokens` instead
+        with pytest.raises(ValueError, match=message) as error:
+            cls(value)
+        assert str(error.value).endswith(repr(value))
     selector = cls(0.5)
     with pytest.raises(ValueError, match=message):
         selector.keep_ratio = value
@@ -480,3 +481,68 @@ def test_cells_take_whole_places_only(ratio):
 def test_cells_need_an_even_height_and_width(grid):
     with pytest.raises(ValueError, match=str(grid).replace("(", r"\(").replace(")", r"\)")):
         RunningCellSelector(0.5)(torch.zeros(1, math.prod(grid), 1), grid)
+
+
+# A kept time step, and a fixed number of tokens
+
+
+@pytest.mark.parametrize("descending", [True, False])
+@pytest.mark.parametrize(("anchor", "step_of"), [("first", lambda t: 0), ("middle", lambda t: t // 2)])
+@given(clip=integer_clips, share=st.integers(0, 20))
+def test_anchor_against_brute_force(anchor, step_of, descending, clip, share):
+    """Its time step is whole, and the rest of K is the top of Eq. 2's ranking of all other tokens."""
+    grid, size, seed = clip
+    area, total = grid[1] * grid[2], math.prod(grid)
+    kept = area + 1 + (total - area - 1) * share // 20
+    tokens = integer_tokens(grid, size, seed)
+    got = ReRoSelector(keep_tokens=kept, anchor=anchor, descending=descending)(tokens, grid)
+    for row, values in zip(got.tolist(), tokens.int().tolist(), strict=True):
+        change = change_by_hand(values, grid)
+        whole = [n for n in range(total) if n // area == step_of(grid[0])]
+        others = sorted(set(range(total)) - set(whole), key=lambda n: ((-1 if descending else 1) * change[n], n))
+        assert row == sorted(whole + others[: kept - area])
+
+
+def test_anchor_is_whole_beside_infinite_change():
+    """A distance of one's own may say infinity, which ranks below the anchor, wherever it stands."""
+    selector = ReRoSelector(keep_tokens=5, anchor="middle", distance=lambda a, b: torch.full(a.shape[:-1], math.inf))
+    assert selector(torch.randn(1, 16, 3), (4, 2, 2)).tolist() == [[0, 8, 9, 10, 11]]
+
+
+@given(grid=grids, anchor=st.sampled_from(["first", "middle"]))
+def test_the_ratio_that_an_anchor_asks_for_is_enough_and_the_least(grid, anchor):
+    area, total = grid[1] * grid[2], math.prod(grid)
+    with pytest.raises(ValueError, match=rf"anchor='{anchor}' keeps the {area} tokens .*expected") as error:
+        ReRoSelector(area / total, anchor=anchor).num_kept(grid)
+    ratio = float(str(error.value).split("keep_ratio of at least ")[1].split(",")[0])
+    assert ReRoSelector(ratio, anchor=anchor).num_kept(grid) == area + 1
+    assert ReRoSelector(ratio - 1e-4).num_kept(grid) <= area
+    assert ReRoSelector(keep_tokens=area + 1, anchor=anchor).num_kept(grid) == area + 1
+    with pytest.raises(ValueError, match=f"and {area} tokens, keep_tokens, leaves"):
+        ReRoSelector(keep_tokens=area, anchor=anchor).num_kept(grid)
+
+
+def test_keep_tokens_is_the_number_that_is_kept_on_every_grid(check_indices):
+    selector = ReRoSelector(keep_tokens=30)
+    for grid in ((4, 3, 4), (16, 3, 4)):
+        check_indices(selector(torch.randn(2, math.prod(grid), 3), grid), 2, 30, math.prod(grid))
+    with pytest.raises(ValueError, match=r"keep_tokens 30 is more than the 24 tokens of grid \(2, 3, 4\)"):
+        selector.num_kept((2, 3, 4))
+
+
+def test_ratio_and_number_clear_each_other():
+    selector = ReRoSelector(keep_tokens=30)
+    assert (selector.keep_ratio, selector.keep_tokens) == (None, 30)
+    selector.keep_ratio = 0.5
+    assert (selector.keep_ratio, selector.keep_tokens, selector.num_kept((4, 3, 4))) == (0.5, None, 24)
+    selector.keep_tokens = np.int64(7)
+    assert (selector.keep_ratio, selector.keep_tokens, selector.num_kept((4, 3, 4))) == (None, 7, 7)
+    assert (selector.settings["keep_ratio"], selector.settings["keep_tokens"]) == (None, 7)
+    with pytest.raises(ValueError, match=r"both: 0\.5 and 30"):
+        ReRoSelector(0.5, keep_tokens=30)
+    for wrong in (0, -1, 2.5, True, "30", None):
+        with pytest.raises(ValueError, match="keep_tokens must be a whole number"):
+            selector.keep_tokens = wrong
+    assert selector.keep_tokens == 7
+    with pytest.raises(ValueError, match="anchor must be None, 'first' or 'middle', got 'last'"):
+        selector.anchor = "last"

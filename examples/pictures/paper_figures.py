@@ -113,8 +113,8 @@ def frames(model: Any, clip: Tensor, title: str = "", *, sampler: et.InfoFrameSa
         candidates.append(et.TokenSelection(own(tokens, grid), None, grid))
         return candidates[-1].kept
 
-    policy.selector, policy.visible, policy.frame_sampler = remember, None, sampler
-    policy.mask_ratio = 1 - own.keep_ratio / 2
+    policy.visible, policy.mask_ratio = None, 1 - policy.share_kept() / 2
+    policy.selector, policy.frame_sampler = remember, sampler
     try:
         chosen = et.select_tokens(model.train(), clip, generator=torch.Generator().manual_seed(seed))
     finally:

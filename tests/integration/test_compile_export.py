@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
+from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
 import everest_tokens as et
 
@@ -79,6 +79,22 @@ class TestCompile:
             answers.append(compiled(clips).logits)
             torch.testing.assert_close(answers[-1], model(clips).logits)
         assert not torch.allclose(answers[0], answers[1])
+
+    def test_anchor_and_number_are_live_too(self, make_model, make_clips):
+        model = et.patch_videomae(make_model(VideoMAEModel, **SMALL), et.ReRoSelector(0.5))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        clips, selector = make_clips(model), model.everest.selector
+        for name, value, kept in (
+            ("keep_tokens", 5, 5),
+            ("anchor", "first", 5),
+            ("keep_tokens", 11, 11),
+            ("anchor", "middle", 11),
+            ("keep_ratio", 0.5, 8),
+        ):
+            setattr(selector, name, value)
+            tokens = compiled(clips).last_hidden_state
+            assert tokens.shape[1] == kept
+            torch.testing.assert_close(tokens, model(clips).last_hidden_state)
 
     @pytest.mark.parametrize(("through", "used"), [("wrapper", True), ("model", False), ("in place", True)])
     def test_patching_after_compiling(self, make_model, make_clips, through, used):
