@@ -277,7 +277,9 @@ def train(runs: Sequence[Run], settings: Settings, device: torch.device) -> list
         record = {
             **asdict(one),
             "tokens": tokens,
-            "kept": tokens if whole else et.select_tokens(model, test.take(torch.arange(1, device=device))[0]).kept.shape[1],
+            "kept": tokens
+            if whole
+            else et.select_tokens(model, test.take(torch.arange(1, device=device))[0]).kept.shape[1],
             "gflops": et.count_flops(model).total / 1e9,
             "accuracy": scores[0],
             "colour_accuracy": scores[1] if one.task.colours else None,
