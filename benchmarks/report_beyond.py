@@ -47,7 +47,7 @@ def appearance(page: Page, rows: Sequence[Row], caption: str, suffix: str) -> No
             "### What never moves: the colour of a disc at rest",
             "",
             f"The resting disc has one of {colours} tints, a second label that every frame shows and no change does; "
-            f"one model answers both (two cross-entropies, summed). Chance is {1 / DIRECTIONS:.1%} for the motion and "
+            f"one model answers both. Chance is {1 / DIRECTIONS:.1%} for the motion and "
             f"{1 / colours:.1%} for the colour. *Trained with it*: the selector in training and test. *At test alone*: "
             "one model, trained on all tokens, to which the selector is given afterwards.",
             "",

@@ -291,7 +291,11 @@ def test_two_labels_are_two_heads_of_one_model():
     # By hand: −log of 1/8 and e⁵/(e⁵ + 7), then of e³/(e³ + 2) and 1/3.
     assert losses[0] == pytest.approx((math.log(8) + math.log1p(7 * math.exp(-5))) / 2, rel=1e-5)
     assert losses[1] == pytest.approx((math.log1p(2 * math.exp(-3)) + math.log(3)) / 2, rel=1e-5)
+    assert motion_accuracy.loss_of(logits, labels).item() == pytest.approx(
+        losses[0] + motion_accuracy.COLOUR_WEIGHT * losses[1]
+    )
     whole = nn.functional.cross_entropy(logits[:, :8], labels[:, 0]).item()
+    assert motion_accuracy.loss_of(logits[:, :8], labels[:, 0]).item() == whole
     assert [
         nn.functional.cross_entropy(*head).item() for head in motion_accuracy.heads(logits[:, :8], labels[:, 0])
     ] == [whole]
