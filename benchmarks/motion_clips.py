@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 DIRECTIONS = 8
-TINT = 0.3  # of a tinted disc: its share of the pure hue, the rest is texture
+TINT = 0.6  # of a tinted disc: its share of the pure hue, the rest is texture
 TRAINING_PHOTOS = ("astronaut", "coffee", "rocket", "brick", "grass", "motorcycle")
 TEST_PHOTOS = ("chelsea", "gravel", "hubble_deep_field", "camera")
 PHOTO_SIDE = 160  # pixels; a frame is a part of it, so that the detail in a frame is a photograph's

@@ -29,7 +29,7 @@ SELECTORS: dict[str, Callable[[float], Any]] = {
 KEEP_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.6)
 ALPHAS = (1.3, 1.5, 1.8, 2.0)
 LONGER = 4000  # steps, four times the default
-COLOURED = Task(colours=8)
+COLOURED = Task(colours=6)
 STILL = ("rero", "rero first", "rero middle", "random", "tube")  # what is asked of what never moves
 STILL_RATIOS = (0.2, 0.3, 0.6)
 DRAWN = "drawn ratios"
