@@ -150,7 +150,34 @@ def loading(page: Page, folder: Path) -> None:
     page.add(sources(found))
 
 
-SECTIONS = (compute, steps, hosts, selection_cost, motion, loading)
+def shards(page: Page, folder: Path) -> None:
+    """Clips out of shards beside clips out of single files."""
+    found = documents(folder, "shard_loading")
+    if not found:
+        return
+    page.add(["### Out of shards", ""])
+    for document in found:
+        page.add(
+            [
+                f"The same videos in {document['shards']} shards of {document['videos_of_a_shard']} and as single "
+                "files, in turn, both in the system's cache; clips a second of the process's processor time, medians, "
+                "and of their pairs' ratios, quartiles in brackets.",
+                "",
+            ]
+        )
+        lines = [
+            [
+                run["video"],
+                *(f"{run['clips_per_cpu_second'][way]:.1f}" for way in ("files", "shards")),
+                f"{run['ratio']:.2f} ({run['ratio_quartiles'][0]:.2f}–{run['ratio_quartiles'][1]:.2f})",
+            ]
+            for run in document["runs"]
+        ]
+        page.add(table(["16×4 clips of", "files, clips/s", "shards, clips/s", "ratio"], lines))
+    page.add(sources(found))
+
+
+SECTIONS = (compute, steps, hosts, selection_cost, motion, loading, shards)
 
 
 def main(arguments: list[str] | None = None) -> None:

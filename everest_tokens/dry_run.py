@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # Words in the names of torch's operators that sum products; its counter knows only some of them.
 _SUMS_PRODUCTS = re.compile(r"\w*(mm|mv|rnn)|v?dot|addr|matmul|(tri)?linear|conv.*|attention|cdist|lstm|gru|fft|linalg")
+_SOLVE = (torch.ops.aten._linalg_solve_ex,)  # of camera.py
 _SPACES = ("aten", "prim", "prims", "profiler")  # torch's own operators
 _DENSE = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")  # transformers' names
 
@@ -45,12 +47,18 @@ def on_meta(root: nn.Module) -> Any:
 @contextmanager
 def counting(root: nn.Module, failures: type[Exception] = Exception) -> Iterator[FlopCounterMode]:
     """Count what runs. Raise TypeError, that the cost of `root` isn't known, where one of the failures is raised."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_SOLVE, _solving))
     try:
         with torch.no_grad(), _Known(), counter:
             yield counter
     except failures as error:
         raise TypeError(f"count_flops doesn't know what {type(root).__qualname__} costs: {error}") from error
+
+
+def _solving(a_shape: Any, b_shape: Any, **_: Any) -> int:
+    """Two for each multiply–accumulate of an LU decomposition and of two triangular solutions."""
+    *batch, size, _ = a_shape
+    return prod(batch) * (2 * size**3 // 3 + 2 * size**2 * b_shape[-1])
 
 
 class _Known(TorchDispatchMode):
@@ -59,7 +67,7 @@ class _Known(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, name = func.name().split(".")[0].split("::")
         sums = name != "linalg_vector_norm" and any(map(_SUMS_PRODUCTS.fullmatch, name.split("_")))
-        if func.overloadpacket not in flop_registry and (sums or space not in _SPACES):
+        if func.overloadpacket not in (*flop_registry, *_SOLVE) and (sums or space not in _SPACES):
             raise NotImplementedError(f"the operator {space}::{name} has no formula in torch.utils.flop_counter")
         return func(*args, **(kwargs or {}))
 

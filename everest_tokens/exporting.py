@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_tokens.patching import host_of
+from everest_tokens.selection import compensates
 
 EXTRA = "in a clone, pip install -e '.[onnx]'"
 TOLERANCE = 1e-3  # of the largest output: other kernels round otherwise
@@ -53,6 +54,11 @@ def export(model: Any, path: Path, kind: str) -> dict[str, str]:
         raise ValueError("a pre-training model draws its visible tokens at random: export an encoder or a classifier")
     if getattr(model.everest.selector, "random", False):
         raise ValueError(f"{model.everest.selector} draws at random, and a file would draw differently")
+    if kind == "onnx" and compensates(model.everest.selector):
+        raise ValueError(
+            "ONNX can't express camera='compensate', which solves systems of equations: export pt2, or set "
+            "model.everest.selector.camera = 'ignore'"
+        )
     clips = torch.randn(2, *host_of(model).example(model)[0][1:], generator=torch.Generator().manual_seed(0))
     clips[1] = clips[1, :1]
     module = OfClips(model)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from everest_tokens.dry_run import counting, on_meta
+from everest_tokens.hosts.running import forward_of
 from everest_tokens.patching import host_of, is_patched, patch_videomae, unwrap
 from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import RandomSelector, ReRoSelector, TubeSelector
@@ -29,7 +30,8 @@ class FlopCount:
     """Multiply–accumulates of one clip's forward. `total / 1e9` is what the paper calls GFLOPs.
 
     Attributes:
-        selection: the distances of Eq. 2, and a custom selector's matrix products.
+        selection: the distances of Eq. 2, and the matrix products of a custom selector, or of undoing the camera's
+            motion.
         patch_embedding: the tubelet embedding of the whole clip, of all candidates with a frame sampler.
         encoder: linear layers and attention products of its blocks.
         decoder: encoder_to_decoder and the decoder's blocks; 0 without a decoder.
@@ -79,19 +81,19 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
                 running.config.everest = None
             patch_videomae(running, RandomSelector(1.0), visible=TubeSelector(0.1) if pretraining else None)
 
-    given, compared = host.arguments(running), 0
+    given, compared, selecting = host.arguments(running), 0, None
     if is_patched(running):
         policy, (_, height, width) = running.everest, grid
         passes = [grid[0]] if policy.frame_sampler is None else [policy.num_candidates(grid[0]), grid[0]]
-        with counting(root, RuntimeError) as counter:
-            size = (1, passes[0] * height * width, channels)
-            selection = policy.select(torch.empty(size, dtype=torch.float32, device="meta"), grid)
+        with counting(root, RuntimeError) as counter, forward_of(policy) as current:
+            host.embeds(running)(torch.empty(shape, dtype=torch.float32, device="meta"))
+        selection, selecting = current.selection, counter.get_total_flops() // 2
         given["token_selection"] = selection if num_visible is None else _with_visible(selection, num_visible)
         products = 0
         if isinstance(policy.selector, ReRoSelector):
             products = _PRODUCTS.get(policy.selector.settings["distance"], 0)
         pairs = sum(steps - 1 for steps in passes) * height * width
-        compared = pairs * channels * products + counter.get_total_flops() // 2
+        compared = pairs * channels * products
     with counting(root) as counter:
         running(torch.empty(shape, dtype=torch.float32, device="meta"), **given)
     # PEFT's modules_to_save puts the copy that runs where the model's own part was.
@@ -106,6 +108,8 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
     embedding, head = spent(*_EMBEDDINGS), spent(_DECODERS_HEAD, *_HEADS)
     decoder = spent(*_DECODER) - spent(_DECODERS_HEAD)
     encoder = counter.get_total_flops() // 2 - embedding - decoder - head
+    if selecting is not None:
+        compared += selecting - embedding  # what the embedding does beside embedding the clip
     return FlopCount(compared, embedding, encoder, decoder, head)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 
 from everest_tokens.frame_sampling import InfoFrameSampler
 from everest_tokens.ranking import stable_order
-from everest_tokens.selection import TokenSelection, count_per_step, has_values, run_selector, source_positions
+from everest_tokens.selection import (
+    TokenSelection,
+    compensates,
+    count_per_step,
+    has_values,
+    run_selector,
+    source_positions,
+)
 from everest_tokens.selectors import (
     RandomSelector,
     ReRoSelector,
@@ -211,6 +219,7 @@ class SelectionPolicy:
         training: bool = True,
         generator: torch.Generator | None = None,
         with_importance: bool = False,
+        seen_before: Callable[[Tensor | None], Tensor] | None = None,
     ) -> TokenSelection:
         """Select from the embeddings of one batch of clips.
 
@@ -220,33 +229,46 @@ class SelectionPolicy:
             training: whether the frame sampler draws, or takes its most probable steps.
             generator: for every random choice made here; torch's default generator otherwise.
             with_importance: also report Eq. 2's importance.
+            seen_before: gives `previous` of `ReRoSelector.importance`, (B, N, D), for the steps (B, τ) that are drawn,
+                or for all (None); asked where a selector compensates the camera's motion.
         """
         tokens = tokens.detach()
-        steps = None
+        if not (compensates(self.selector) or compensates(self.visible)):
+            seen_before = None
+        steps, previous = None, None if seen_before is None else seen_before(None)
         if self.frame_sampler is not None:
             candidates = (self.frame_sampler.num_candidates(grid[0]), *grid[1:])
-            counts = count_per_step(self._telling(tokens, candidates, grid, generator), candidates)
+            counts = count_per_step(self._telling(tokens, candidates, grid, generator, previous), candidates)
             if training:
                 steps = self.frame_sampler(counts, grid[0], generator)
             else:
                 steps = self.frame_sampler.most_probable(counts, grid[0])
             everything = torch.arange(math.prod(grid), device=tokens.device).expand(tokens.shape[0], -1)
             tokens = gather_tokens(tokens, source_positions(everything, steps, grid))
-        kept = run_selector(self.selector, tokens, grid, generator)
+            previous = None if seen_before is None else seen_before(steps)
+        kept = run_selector(self.selector, tokens, grid, generator, previous)
         importance = None
         if with_importance and isinstance(self.selector, ReRoSelector):
-            importance = self.selector.importance(tokens, grid)
-        visible, target = self._split(kept, tokens, grid, generator)
+            more = {"previous": previous} if compensates(self.selector) else {}
+            importance = self.selector.importance(tokens, grid, **more)
+        visible, target = self._split(kept, tokens, grid, generator, previous)
         return TokenSelection(visible, target, grid, importance, steps)
 
-    def _telling(self, tokens: Tensor, candidates: Grid, grid: Grid, generator: torch.Generator | None) -> Tensor:
+    def _telling(
+        self,
+        tokens: Tensor,
+        candidates: Grid,
+        grid: Grid,
+        generator: torch.Generator | None,
+        previous: Tensor | None,
+    ) -> Tensor:
         """The tokens (B, K) that tell informative time steps of the candidate clip from others."""
         if type(self.selector) is ReRoSelector:
-            return self.selector.most_changed(tokens, candidates, grid)
-        return run_selector(self.selector, tokens, candidates, generator)
+            return self.selector.most_changed(tokens, candidates, grid, previous)
+        return run_selector(self.selector, tokens, candidates, generator, previous)
 
     def _split(
-        self, kept: Tensor, tokens: Tensor, grid: Grid, generator: torch.Generator | None
+        self, kept: Tensor, tokens: Tensor, grid: Grid, generator: torch.Generator | None, previous: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """kept (B, K) → visible (B, V), target (B, M) or None."""
         if self.task != "pretraining":
@@ -257,7 +279,7 @@ class SelectionPolicy:
             order = shuffled(kept.shape[0], kept.shape[1], kept.device, generator)
             chosen, others = order[:, :drawn].sort(dim=1).values, order[:, drawn:].sort(dim=1).values
             return kept.gather(1, chosen), kept.gather(1, others)
-        visible = run_selector(self.visible, tokens, grid, generator)
+        visible = run_selector(self.visible, tokens, grid, generator, previous)
         targets = self._num_targets(visible.shape[1], kept.shape[1], grid)
         seen = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device).scatter(1, visible, 1)
         seen = seen.gather(1, kept)  # (B, K): 1 where a kept token is visible
@@ -272,7 +294,9 @@ def _ranks_alike(selector: Selector, visible: Selector) -> bool:
     """Whether the two keep the top of one ranking, so that the shorter selection lies within the longer."""
     if not (isinstance(selector, ReRoSelector) and isinstance(visible, ReRoSelector)):
         return False
-    return all(getattr(selector, name) == getattr(visible, name) for name in ("distance", "descending", "anchor"))
+    return all(
+        getattr(selector, name) == getattr(visible, name) for name in ("distance", "descending", "anchor", "camera")
+    )
 
 
 def selector_from(settings: Any, name: str) -> Any:

@@ -94,15 +94,30 @@ def source_positions(positions: Tensor, steps: Tensor | None, grid: Grid) -> Ten
     return steps.gather(1, positions // area) * area + positions % area
 
 
-def run_selector(selector: Selector, tokens: Tensor, grid: Grid, generator: torch.Generator | None) -> Tensor:
+def compensates(selector: Any) -> bool:
+    """Whether a selector compares tokens with what the camera saw before, and so takes `previous=`."""
+    return getattr(selector, "camera", "ignore") == "compensate"
+
+
+def run_selector(
+    selector: Selector,
+    tokens: Tensor,
+    grid: Grid,
+    generator: torch.Generator | None,
+    previous: Tensor | None = None,
+) -> Tensor:
     """Run a selector, ours or a caller's: tokens (B, N, D) → kept (B, K), ascending.
+
+    Args:
+        previous: (B, N, D), for one that `compensates`.
 
     Raises:
         ValueError: a caller's selector returns something else, as far as `has_values` lets one see.
     """
     if isinstance(selector, TokenSelector) and selector.random:
         return selector(tokens, grid, generator=generator)
-    kept = selector(tokens, grid)
+    more: dict[str, Any] = {"previous": previous} if compensates(selector) else {}
+    kept = selector(tokens, grid, **more)
     if not isinstance(selector, TokenSelector):
         if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.shape[:-1] != tokens.shape[:1]:
             got = f"{kept.dtype} {tuple(kept.shape)}" if isinstance(kept, Tensor) else type(kept).__name__

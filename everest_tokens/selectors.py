@@ -119,6 +119,9 @@ class ReRoSelector(TokenSelector):
             too, and fills up K with the most changed tokens of the other steps.
         keep_tokens: K itself instead of a share of N, so that long and short clips cost the encoder the same. Setting
             it or `keep_ratio` later clears the other.
+        camera: beyond the paper: "compensate" scores a token against what its place showed one step earlier as the
+            camera saw it then (camera.py), which a patched model works out; "ignore", the paper's, against the token at
+            the same place.
 
     Raises:
         ValueError: a setting out of range, or both `keep_ratio` and `keep_tokens`.
@@ -138,6 +141,7 @@ class ReRoSelector(TokenSelector):
         descending: bool = True,
         anchor: str | None = None,
         keep_tokens: int | None = None,
+        camera: str = "ignore",
     ) -> None:
         if keep_ratio is not None and keep_tokens is not None:
             raise ValueError(f"expected keep_ratio or keep_tokens, got both: {keep_ratio!r} and {keep_tokens!r}")
@@ -147,6 +151,7 @@ class ReRoSelector(TokenSelector):
         self.distance = distance
         self.descending = descending
         self.anchor = anchor
+        self.camera = camera
 
     @property
     def distance(self) -> str | Distance:
@@ -187,6 +192,17 @@ class ReRoSelector(TokenSelector):
             raise ValueError(f"anchor must be None, 'first' or 'middle', got {value!r}")
         self.settings["anchor"] = value
 
+    @property
+    def camera(self) -> str:
+        """Whether the camera's motion is taken out of the change: "ignore" or "compensate"."""
+        return self.settings["camera"]
+
+    @camera.setter
+    def camera(self, value: str) -> None:
+        if value not in ("ignore", "compensate"):
+            raise ValueError(f"camera must be 'ignore' or 'compensate', got {value!r}")
+        self.settings["camera"] = value
+
     def num_kept(self, grid: Grid) -> int:
         """K for one clip of `grid`. Raises ValueError where it is none, more than N, or no more than the anchor's."""
         count, area, total = self._count(grid), grid[1] * grid[2], math.prod(grid)
@@ -205,7 +221,7 @@ class ReRoSelector(TokenSelector):
         return super()._count(grid) if self.keep_tokens is None else self.keep_tokens
 
     @torch.no_grad()
-    def importance(self, tokens: Tensor, grid: Grid) -> Tensor:
+    def importance(self, tokens: Tensor, grid: Grid, previous: Tensor | None = None) -> Tensor:
         """I of Eq. 2, in float32 under autocast too and without grad.
 
         Tokens of the first time step have no predecessor and take the importance of the same place at the second.
@@ -213,19 +229,26 @@ class ReRoSelector(TokenSelector):
         Args:
             tokens: (B, N, D), embeddings before the position embedding.
             grid: (t, h, w) with t ≥ 2.
+            previous: (B, N, D), what each token is compared with: the embedding of what its place showed one step
+                earlier, the camera's motion undone. The first step's are not looked at. Without it the tokens
+                of the step before, k_{i−1,j} of Eq. 2.
 
         Returns:
             (B, N) float32, larger where more changed.
 
         Raises:
-            ValueError: the tokens don't fit the grid, or it has fewer than two time steps.
+            ValueError: the tokens don't fit the grid, or it has fewer than two time steps, or `previous` isn't of the
+                tokens' shape.
         """
         check_grid(tokens, grid)
+        if previous is not None and previous.shape != tokens.shape:
+            raise ValueError(f"expected previous of the tokens' {tuple(tokens.shape)}, got {tuple(previous.shape)}")
         t, h, w = grid
         if t < 2:
             raise ValueError(f"importance compares time steps: expected at least 2, got grid {grid}")
         steps = tokens.detach().unflatten(1, (t, h * w))  # (B, t, h·w, D)
-        later, earlier = steps[:, 1:], steps[:, :-1]
+        later = steps[:, 1:]
+        earlier = steps[:, :-1] if previous is None else previous.detach().unflatten(1, (t, h * w))[:, 1:]
         if self._callable is None:
             change = DISTANCES[self.settings["distance"]](later, earlier)  # (B, t - 1, h·w)
         else:  # may hold products that autocast would lower; the meta device knows no autocast
@@ -235,28 +258,30 @@ class ReRoSelector(TokenSelector):
             raise ValueError(f"distance must return {tuple(later.shape[:-1])}, got {tuple(change.shape)}")
         return torch.cat([change[:, :1], change], dim=1).flatten(1)
 
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+    def forward(self, tokens: Tensor, grid: Grid, previous: Tensor | None = None) -> Tensor:
         """(B, N, D) → kept indices (B, K), int64, ascending. Raises as `importance` and `num_kept` do."""
         kept = self.num_kept(grid)
-        score = self.importance(tokens, grid)
+        # A subclass's own importance may take two arguments.
+        score = self.importance(tokens, grid) if previous is None else self.importance(tokens, grid, previous)
         if self.anchor is not None:
             score = self._with_anchor(score, grid)
         return self._top(score, kept)
 
-    def most_changed(self, tokens: Tensor, candidates: Grid, grid: Grid) -> Tensor:
+    def most_changed(self, tokens: Tensor, candidates: Grid, grid: Grid, previous: Tensor | None = None) -> Tensor:
         """The tokens by which candidate steps are told apart (§4.2): as many a step as `forward` keeps, no anchor.
 
         Args:
             tokens: (B, N, D) of the candidate clip.
             candidates: (⌊α·τ⌋, h, w).
             grid: (τ, h, w).
+            previous: as in `importance`.
 
         Returns:
             (B, K) int64, ascending.
         """
         fixed = self.keep_tokens
         kept = super().num_kept(candidates) if fixed is None else fixed * candidates[0] // grid[0]
-        return self._top(self.importance(tokens, candidates), kept)
+        return self._top(self.importance(tokens, candidates, previous), kept)
 
     def _with_anchor(self, score: Tensor, grid: Grid) -> Tensor:
         """(B, N) → the same, the anchor's tokens ranked before anything that is finite or not."""

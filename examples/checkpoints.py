@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,20 +20,30 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_COMPLETE = "complete"  # a file that is written last; a checkpoint without it was being written when the run was killed
+# A file that is written last; a checkpoint without it was being written when the run was killed. It has a number that
+# grows from one to the next in a run's folder: after a run went on from an older one, later steps are there of before.
+_COMPLETE = "complete"
 
 _OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def complete_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a run's folder that were written to their end, oldest first."""
-    return [path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()]
+    """The checkpoints in a run's folder that were written to their end, in the order in which they were written."""
+    return sorted((path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int((checkpoint / _COMPLETE).read_text() or 0)
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
     """Folders that a run writes, in the order of their steps: checkpoint-best, say, is somebody's copy."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
-    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.rpartition("-")[2]))
+    found = [path for path in Path(folder).glob("checkpoint-*") if _is_checkpoint(path) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"checkpoint-[0-9]+", path.name) is not None
 
 
 def checkpoint_to_resume(folder: str | Path) -> str | None:
@@ -46,8 +57,10 @@ def checkpoint_to_resume(folder: str | Path) -> str | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Say that all of a checkpoint has been written."""
-    (checkpoint / _COMPLETE).touch()
+    """Say that all of a checkpoint has been written, after all others."""
+    part = checkpoint / f"{_COMPLETE}.part"
+    part.write_text(str(1 + max(map(_number, complete_checkpoints(checkpoint.parent)), default=0)))
+    os.replace(part, checkpoint / _COMPLETE)
 
 
 def remove(checkpoint: Path) -> None:
@@ -59,7 +72,7 @@ def remove(checkpoint: Path) -> None:
 def drop_oldest(written: Path, limit: int | None, best: str | None) -> None:
     """Keep `limit` complete checkpoints of a run, all for 0 or None; always the one just written, and the best.
 
-    That one needn't be the last: where a run has gone on from an older checkpoint, later ones are there of before.
+    That one needn't be of the last step: where a run has gone on from an older one, later ones are there of before.
     """
     finished = complete_checkpoints(written.parent)
     if not limit or limit < 0:
@@ -78,7 +91,7 @@ def written_whole(folder: Path) -> Iterator[None]:
     Raises:
         MachineFailed: the disk is full, or fails. Other errors, of an upload say, pass: what is written is left.
     """
-    is_checkpoint = folder.name.startswith("checkpoint-")
+    is_checkpoint = _is_checkpoint(folder)
     if is_checkpoint:
         (folder / _COMPLETE).unlink(missing_ok=True)
     try:

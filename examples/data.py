@@ -20,6 +20,7 @@ from typing import Any
 
 import hub_videos
 import streams
+from checkpoints import complete_checkpoints
 from clips import ClipCutter, Sampling, TrainingClips
 from own_videos import Found, find_videos, first_few, split_off
 from recorded import read
@@ -68,8 +69,8 @@ def find(data: str, *, labelled: bool, labels: Sequence[str] | None = None) -> F
 def load_data(recipe: Any, training: TrainingArguments) -> Data:
     """What a recipe's `data`, or its lists, name.
 
-    Videos are held out by the run's seed. Where its folder has an earlier part of the run, its split stays as it was,
-    and videos that are new since are trained on.
+    Videos are held out by the run's seed. Where its folder, or else the checkpoint that it begins from, has an earlier
+    part of the run, its split stays as it was, and videos that are new since are trained on.
 
     Args:
         recipe: of pre-training or fine-tuning. Fine-tuning wants labels, and may hold videos out.
@@ -100,7 +101,9 @@ def _hold_out(
     entries: list[Entry], recipe: Any, training: TrainingArguments, root: str | Path
 ) -> tuple[list[Entry], list[Entry]]:
     # With another val_fraction: anew where no step was taken, and else refused (recorded.check_goes_on).
-    recorded = read(training.output_dir) if Path(training.output_dir).exists() else {}
+    given = training.resume_from_checkpoint
+    before = given if given and not complete_checkpoints(training.output_dir) else training.output_dir
+    recorded = read(before) if Path(before).exists() else {}
     same = all(recorded.get(name) == getattr(recipe, name) for name in ("data", "train_list", "val_fraction"))
     held_out = held_out_of(entries, recorded.get("held_out", []), root) if same else []
     if not held_out:

@@ -5,8 +5,9 @@
         --eval_list lists/val.csv --data_root videos --output_dir fine-tuned
 
 `--model` is a folder that pretrain.py wrote, a hub id, or a .pth of VideoMAE, VideoMAE V2, MME, MVD or EVEREST; without
-it a new model is trained. What is written beside the model is product.py's table. One process or several (torchrun,
-accelerate launch). Killed, the same command goes on from its last complete checkpoint.
+it a new model is trained. `--keep_ratios 0.2 0.3 0.45 0.6 1.0` draws each step's keep ratio, so that one model serves
+every budget. What is written beside the model is product.py's table. One process or several (torchrun, accelerate
+launch). Killed, the same command goes on from its last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from augmentation import BatchAugmentation, TrainingGeometry
 from clips import Sampling, TestViews, collate
 from data import load_data, training_set
+from keep_ratios import KeepRatios
 from product import score, write_product
 from recipe import FinetuningRecipe, check_fit, config_of, fit, frames_of, load_trained, loading, parse, selection_of
 from recorded import record
@@ -51,6 +53,8 @@ def run(arguments: list[str]) -> None:
     size, sampling = model.config.image_size, Sampling(frames_of(model), recipe.stride or None)
     magnitude, deviation = recipe.randaugment
     accuracy = Accuracy()
+    callbacks: list[Any] = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
+    callbacks += [KeepRatios(recipe.keep_ratios)] if recipe.keep_ratios else []
     trainer = VideoTrainer(
         model,
         training,
@@ -65,7 +69,7 @@ def run(arguments: list[str]) -> None:
         eval_dataset=TestViews(data.held_out, sampling, clips=1, crops=1, size=size) if data.held_out else None,
         augmentation=BatchAugmentation(recipe.num_labels, recipe.erasing, recipe.mixup, recipe.cutmix),
         compute_metrics=accuracy,
-        callbacks=[EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else None,
+        callbacks=callbacks,
         layer_decay=recipe.layer_decay,
         balanced=recipe.balanced,
         label_smoothing=recipe.label_smoothing,

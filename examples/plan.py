@@ -6,9 +6,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from keep_ratios import kept
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -30,6 +32,7 @@ def plan(
     at_once: int,
     epochs: float,
     steps: int,
+    keep_ratios: Sequence[float] = (),
 ) -> str:
     """The lines to print before a run.
 
@@ -42,6 +45,7 @@ def plan(
         at_once: clips of a forward of one process.
         epochs: passes over the data.
         steps: in all.
+        keep_ratios: that each step draws one of; the model's own if there are none.
     """
     shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
     left_out = ", ".join(f"{number} {kind}" for kind, number in sorted(skipped.items()))
@@ -49,14 +53,19 @@ def plan(
     steps_in_time = config.num_frames // config.tubelet_size
     side = config.image_size // config.patch_size
     tokens = steps_in_time * side**2
-    kept = model.everest.selector.num_kept((steps_in_time, side, side))
-    weights, of_a_clip = memory(model)
+    numbers = []
+    for ratio in sorted(keep_ratios):
+        with kept(model, ratio):
+            numbers.append(model.everest.selector.num_kept((steps_in_time, side, side)))
+    with kept(model, max(keep_ratios)) if keep_ratios else nullcontext():
+        numbers = numbers or [model.everest.selector.num_kept((steps_in_time, side, side))]
+        weights, of_a_clip = memory(model)
     lines = {
         "clips": f"{clips} to train on, {held_out} held out" + (f"; left out: {left_out}" if left_out else ""),
         "labels": f"{len(labels)}: {shown}" if labels else "none: pre-training",
         "steps": f"{steps} of {batch} clips, {epochs:g} epochs",
         "model": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters,"
-        f" {config.num_frames} frames of {config.image_size}²: {kept} of {tokens} tokens kept",
+        f" {config.num_frames} frames of {config.image_size}²: {either(numbers)} of {tokens} tokens kept",
         "memory": f"about {(weights + at_once * of_a_clip) / 1e9:.2f} GB a process: weights, gradients and AdamW"
         f" {weights / 1e9:.2f}, {at_once} clips at {of_a_clip / 1e6:.1f} MB (float32)",
     }
@@ -112,6 +121,12 @@ class Timing(TrainerCallback):
                 "%s a step: an epoch takes about %s, what is left of the run %s",
                 spoken(seconds), spoken(seconds * in_epoch), spoken(seconds * (state.max_steps - state.global_step)),
             )  # fmt: skip
+
+
+def either(values: Sequence[float]) -> str:
+    """Alternatives as one says them: 0.2, 0.3 or 1."""
+    *others, last = (f"{value:g}" for value in values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def spoken(seconds: float) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from plan import either
 from transformers import VideoMAEImageProcessor
 
 _PACKAGES = ("everest-tokens", "torch", "torchvision", "transformers", "accelerate", "av", "torchcodec", "datasets")
@@ -210,6 +211,15 @@ def _text(
         patched += (
             f"\n# its frame sampler draws {config.num_frames} out of {frames} frames: pipe(video, num_frames={frames})"
         )
+    ratios = recorded.get("keep_ratios") or []
+    share = f"{recorded.get('keep_tokens') or recorded['keep_ratio']:g}"
+    for_budgets = ""
+    if ratios:
+        for_budgets = (
+            f"\n\nEach step of its training kept {either(ratios)} of the tokens, drawn anew, so that it serves all of"
+            f" these budgets; {share} is what it keeps unless told otherwise (`keep_ratio` below)."
+        )
+        patched += f"\npipe.model.everest.selector.keep_ratio = {min(ratios):g}  # or another share of the tokens"
     if scores is None:
         results = "No videos were held out: how well it does is not known."
     else:
@@ -227,8 +237,8 @@ def _text(
 
 A VideoMAE that tells {len(labels)} labels apart: {shown}.
 
-Fine-tuned with [EVEREST](https://arxiv.org/abs/2211.10636)'s token selection, keeping {recorded["keep_ratio"]:g} of a
-clip's tokens, on clips of {config.num_frames} frames of {config.image_size}² pixels, {apart}.
+Fine-tuned with [EVEREST](https://arxiv.org/abs/2211.10636)'s token selection, keeping {share} of a
+clip's tokens, on clips of {config.num_frames} frames of {config.image_size}² pixels, {apart}.{for_budgets}
 
 **Licence:** to be filled in, `license:` above too.
 
@@ -243,6 +253,15 @@ pipe = pipeline("video-classification", "{name}")
 pipe("video.mp4")
 ```
 
+From transformers 5.23 on the pipeline decodes with torchcodec, which needs FFmpeg's libraries. Without them, with PyAV:
+
+```python
+from transformers.video_utils import load_video
+
+video, _ = load_video("video.mp4", num_frames={frames})
+pipe(video)
+```
+
 With `everest_tokens`, on as many tokens as in training, which is faster:
 
 ```python
@@ -251,8 +270,8 @@ import everest_tokens as et
 {patched}
 ```
 
-The pipeline decodes with torchcodec in new versions of transformers, with PyAV in older ones, and which frames of a
-video it takes is for transformers to say; clips as in training come from
+Which frames of a video the pipeline takes is for transformers to say: since 5.23 they are spread over the video, before
+they were its first ones. Clips as in training come from
 `everest_tokens.video.load_clip("video.mp4", num_frames={frames}, stride={stride or "…"}, size={config.image_size})`.
 
 ## Results

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 from data import Data
-from trainer_settings import settle
+from keep_ratios import check_ratios
+from trainer_settings import chosen, settle
 from transformers import HfArgumentParser, TrainingArguments, VideoMAEConfig
 from transformers.trainer_utils import IntervalStrategy
 
@@ -56,7 +57,10 @@ class Recipe:
     size: int = _setting(224, "side of a frame in pixels")
     patch_size: int = _setting(16, "side of a patch in pixels, of a model that is built anew")
     stride: int = _setting(4, "frames from one sampled frame to the next; 0: one from each of equal segments")
-    keep_ratio: float = _setting(0.3, "ρ_pre: share of the tokens that is kept")
+    keep_ratio: float | None = _setting(0.3, "ρ_pre: share of the tokens that is kept")
+    keep_tokens: int | None = _setting(None, "in place of keep_ratio the number of tokens that are kept")
+    anchor: str | None = _setting(None, "first or middle: all tokens of that time step are among the kept")
+    camera: str = _setting("ignore", "compensate: what the camera's own motion changes is no change")
     alpha: float = _setting(0.0, "α: InfoFrameSampler draws the clip from α times as many frames; 0 is off")
     flip: bool = _setting(True, "flip half of the clips")
     repeats: int = _setting(1, "clips that are cut out of each decoded video (repeated augmentation)")
@@ -91,7 +95,8 @@ class FinetuningRecipe(Recipe):
     val_fraction: float = _setting(0.0, "share of the videos that is held out for this, where none are given")
     balanced: bool = _setting(False, "draw all labels equally often")
     early_stopping: int = _setting(0, "end after so many evaluations without a better accuracy; 0 is off")
-    keep_ratio: float = _setting(0.6, Recipe.__dataclass_fields__["keep_ratio"].metadata["help"])
+    keep_ratio: float | None = _setting(0.6, Recipe.__dataclass_fields__["keep_ratio"].metadata["help"])
+    keep_ratios: list[float] = _setting([], "draw each step's share of the tokens from these, see keep_ratios.py")  # noqa: RUF009
     layer_decay: float = _setting(0.75, "factor on the learning rate from a block to the one below it")
     label_smoothing: float = _setting(0.1, "share of the target that is spread over all classes")
     drop_path: float = _setting(0.1, "stochastic depth of the last block")
@@ -132,6 +137,8 @@ def parse(kind: type[FreshOr], arguments: list[str], defaults: dict[str, Any]) -
     values, line, file = read_section(parser, kind.section, arguments)
     if values["limit"]:
         values |= {"epochs": 1.0, "warmup_epochs": 0.0, "output_dir": f"{values['output_dir']}-limit{values['limit']}"}
+    in_force = chosen("keep_ratio", "keep_tokens", line, file)
+    values["keep_tokens" if in_force == "keep_ratio" else "keep_ratio"] = None
     recipe = kind(**{item.name: values[item.name] for item in fields(kind)})
     _check(recipe)
     for name in sorted(line & {"patch_size", "decoder_depth"}) if values["model"] else ():
@@ -218,7 +225,7 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"{name} must be at least {least[name]}, got {value}")
         if name in ("base_lr", "epochs") and value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
-        if name in shares and not 0 <= value <= 1:
+        if name in shares and value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
     if recipe.backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {recipe.backbone!r}")
@@ -232,11 +239,18 @@ def _check(recipe: Recipe) -> None:
                 raise ValueError(f"{name} goes with data, not with lists")
     if recipe.batch_size % recipe.repeats:
         raise ValueError(f"batch_size {recipe.batch_size} is no multiple of repeats {recipe.repeats}")
+    selection_of(recipe)  # refuses what a selector can't be
     if isinstance(recipe, FinetuningRecipe):
         if recipe.data is None and recipe.num_labels < 2:
             raise ValueError(f"num_labels must be at least 2, got {recipe.num_labels}: the classes of train_list")
         if len(recipe.randaugment) != 2:
             raise ValueError(f"randaugment must be a magnitude and a standard deviation, got {recipe.randaugment}")
+        if recipe.keep_ratios:
+            check_ratios(recipe.keep_ratios)
+            if recipe.keep_ratio is None:
+                raise ValueError(f"keep_ratios: keep_tokens {recipe.keep_tokens} says what is kept: give keep_ratio")
+            if recipe.keep_ratio not in recipe.keep_ratios:
+                logger.warning("keep_ratio %g, which is evaluated and saved, is none of keep_ratios", recipe.keep_ratio)
 
 
 def _videos_at_once(recipe: Recipe, training: TrainingArguments) -> int:
@@ -342,9 +356,12 @@ def frames_of(model: Any) -> int:
 
 
 def selection_of(recipe: Recipe) -> dict[str, Any]:
-    """Keyword arguments of `patch_videomae`."""
+    """Keyword arguments of `patch_videomae`. Raises ValueError, naming the setting, for values that can't be."""
     sampler = et.InfoFrameSampler(recipe.alpha) if recipe.alpha else None
-    return {"selector": et.ReRoSelector(recipe.keep_ratio), "frame_sampler": sampler}
+    selector = et.ReRoSelector(
+        recipe.keep_ratio, anchor=recipe.anchor, keep_tokens=recipe.keep_tokens, camera=recipe.camera
+    )
+    return {"selector": selector, "frame_sampler": sampler}
 
 
 def config_of(recipe: Recipe, **overrides: Any) -> VideoMAEConfig:

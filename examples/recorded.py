@@ -49,14 +49,17 @@ def check_goes_on(checkpoint: str | None, output_dir: str, now: dict[str, Any]) 
     """Say what a run is given otherwise than it had it in its checkpoint, or that a new run begins.
 
     Raises:
-        ValueError: output_dir is the folder of the model to begin with, or holds a run that this one can't go on with.
+        ValueError: output_dir is the folder of the model to begin with, or the run that is there, or that the
+            checkpoint is of, is none that this one can go on with.
     """
     model = now.get("model")
     if model and Path(model).exists() and Path(output_dir).exists() and os.path.samefile(model, output_dir):
         raise ValueError(f"output_dir: {output_dir} is the folder of model: give another")
     before = read(checkpoint or output_dir)
+    own = checkpoint is None or Path(checkpoint).resolve().parent == Path(output_dir).resolve()
+    holds = f"output_dir: {output_dir} holds a run" if own else f"resume_from_checkpoint: {checkpoint} is of a run"
     if before.get("section", now["section"]) != now["section"]:
-        raise ValueError(f"output_dir: {output_dir} holds a run of {before['section']}: give {now['section']} another")
+        raise ValueError(f"{holds} of {before['section']}: give {now['section']} another")
     if checkpoint is None:
         return
     logger.warning("going on from %s; another --output_dir starts a new run", checkpoint)
@@ -65,7 +68,7 @@ def check_goes_on(checkpoint: str | None, output_dir: str, now: dict[str, Any]) 
         if old == value:
             continue
         if name in _FIXED:
-            raise ValueError(f"output_dir: {output_dir} holds a run with {name} {old}, not {value}: give another")
+            raise ValueError(f"{holds} with {name} {old}, not {value}: give another")
         if name == "model":
             logger.warning("model is %s now: not read, %s has the weights of this run", value, checkpoint)
         else:

@@ -126,6 +126,7 @@ def _plan(trainer: VideoTrainer, recipe: Recipe, data: Data) -> str:
         at_once=training.train_batch_size * recipe.repeats,
         epochs=training.max_steps / in_epoch if training.max_steps > 0 else recipe.epochs,
         steps=training.max_steps if training.max_steps > 0 else math.ceil(recipe.epochs * in_epoch),
+        keep_ratios=getattr(recipe, "keep_ratios", ()),
     )
 
 

@@ -9,6 +9,7 @@ checkpoint, and the log shows clips a second, kept tokens and peak memory.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -108,6 +109,7 @@ class VideoTrainer(Trainer):
         self._keep = self.args.save_total_limit  # kept here, so that nothing older goes before the new one is complete
         self.args.save_total_limit = None
         self._clips, self._since = 0, time.perf_counter()
+        self._kept_tokens: int | None = None
 
     # --- the run ---
 
@@ -241,6 +243,9 @@ class VideoTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self.guard.loss = self.guard.loss + loss
+        policy = getattr(self.model, "everest", None)
+        if policy is not None:
+            self._kept_tokens = policy.selector.num_kept(self._grid())
         return loss
 
     def compute_loss(
@@ -302,12 +307,19 @@ class VideoTrainer(Trainer):
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         with written_whole(checkpoint):
             super()._save_checkpoint(model, trial)
+            (checkpoint / f"bad_videos_{self.args.process_index}.json").write_text(json.dumps(self.bad))
             if self.args.parallel_mode == transformers.training_args.ParallelMode.DISTRIBUTED:
                 torch.distributed.barrier()  # every process has written its part
             if self.args.should_save:
                 mark_complete(checkpoint)
         if self.args.should_save:
             self._drop_oldest(checkpoint)
+        if self.args.push_to_hub:
+            with written_whole(folder):  # it copies the model there
+                super()._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not in the midst of `Trainer._save_checkpoint`: an upload that fails would leave it unmarked."""
 
     def _drop_oldest(self, written: Path) -> None:
         drop_oldest(written, self._keep, self.state.best_model_checkpoint)
@@ -315,6 +327,9 @@ class VideoTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore(resume_from_checkpoint, self.model if model is None else model)
+        if isinstance(self.train_dataset, TrainingStream):  # a list's are met again
+            for file in Path(resume_from_checkpoint).glob("bad_videos_*.json"):
+                self.bad |= json.loads(file.read_text())
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -360,14 +375,13 @@ class VideoTrainer(Trainer):
     # --- log ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds clips a second, kept tokens and peak memory to the training lines."""
+        """Adds clips a second, kept tokens (of the last step) and peak memory to the training lines."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
             logs["clips_per_second"] = round(self._clips * self.args.world_size / seconds, 2)
             self._clips, self._since = 0, time.perf_counter()
-            policy = getattr(self.model, "everest", None)
-            if policy is not None:
-                logs["kept_tokens"] = policy.selector.num_kept(self._grid())
+            if self._kept_tokens is not None:
+                logs["kept_tokens"] = self._kept_tokens
             if torch.cuda.is_available():
                 logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
             logs["bad_videos"], logs["bad_steps"] = len(self.bad), self.guard.bad_steps

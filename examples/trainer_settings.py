@@ -95,15 +95,15 @@ def settle(values: dict[str, Any], line: Set[str], file: Set[str]) -> dict[str, 
             )
 
     # Of two that say the same, the one nearer to the user counts: what the command line says, then the recipe.
-    if _chosen("base_lr", "learning_rate", line, file) == "base_lr":
+    if chosen("base_lr", "learning_rate", line, file) == "base_lr":
         values["learning_rate"] = values["base_lr"] * values["batch_size"] / 256
-    if _chosen("epochs", "max_steps", line, file) == "epochs":
+    if chosen("epochs", "max_steps", line, file) == "epochs":
         values["max_steps"] = -1
     if evaluates and "eval_strategy" not in line | file:
         values["eval_strategy"] = "epoch"
     for strategy, steps in (("save_strategy", "save_steps"), ("eval_strategy", "eval_steps")):
         together = str(values[strategy]) == "steps"
-        if together or _chosen(strategy, steps, line, file) == steps:
+        if together or chosen(strategy, steps, line, file) == steps:
             values[strategy] = "steps"
     # Here, and not in the finished TrainingArguments, which have told accelerate by then.
     if "bf16" not in line | file and not values["fp16"] and not values["use_cpu"]:
@@ -112,7 +112,7 @@ def settle(values: dict[str, Any], line: Set[str], file: Set[str]) -> dict[str, 
     return {name: values[name] for name, item in known.items() if item.init}
 
 
-def _chosen(usual: str, other: str, line: Set[str], file: Set[str]) -> str:
+def chosen(usual: str, other: str, line: Set[str], file: Set[str]) -> str:
     """Which of two settings counts. Raises ValueError where one and the same place gives both."""
     for place in (line, file):
         if {usual, other} <= place:

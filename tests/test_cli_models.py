@@ -203,6 +203,14 @@ class TestExport:
             with pytest.raises(ValueError, match="random"):
                 export(model, tmp_path / "model.pt2", "pt2")
 
+    def test_what_onnx_has_no_operator_for_is_refused_before_any_work(self, tmp_path, monkeypatch):
+        model = build_model(VideoMAEForVideoClassification).eval()
+        et.patch_videomae(model, et.ReRoSelector(0.5, camera="compensate"))
+        monkeypatch.setattr(model, "forward", lambda *_: pytest.fail("the model ran"))
+        with pytest.raises(ValueError, match="ONNX can't express camera='compensate'"):
+            export(model, tmp_path / "model.onnx", "onnx")
+        assert not list(tmp_path.iterdir())
+
 
 class TestBenchmark:
     @pytest.mark.parametrize("training", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -400,6 +401,21 @@ class TestAroundTheModel:
         after = et.count_flops(model)
         assert after.selection == before.selection + 48 * 32 * 5
         assert after.patch_embedding == before.patch_embedding
+
+    @pytest.mark.parametrize(("sampler", "times"), [(None, 1), (et.InfoFrameSampler(2.0), 3)])
+    def test_undoing_the_cameras_motion_embeds_again(self, make_model, sampler, times):
+        """The moved clip, of all candidates and of the drawn steps; beside it small products of frames alone."""
+        model = et.patch_videomae(make_model(VideoMAEForVideoClassification), frame_sampler=sampler)
+        before = et.count_flops(model)
+        model.everest.selector.camera = "compensate"
+        after = et.count_flops(model)
+        again = before.patch_embedding * times // (1 if sampler is None else 2)
+        assert replace(after, selection=0) == replace(before, selection=0)
+        # For each pair of 48 × 64 frames 2 × 2 and 2 × 1 products over their pixels in each of 4 steps at half the side
+        # and 1 at all of it, then 6 × 6 and 6 × 1 ones in 6 and 2; solving the systems is next to nothing.
+        products = (4 / 4 + 1) * (4 + 2) * 48 * 64 + (6 / 4 + 2) * (36 + 6) * 48 * 64
+        pairs = 8 - 2 if sampler is None else (16 - 2) + (8 - 2)
+        assert after.selection - before.selection - again == pytest.approx(pairs * products, rel=1e-2)
 
 
 @torch.library.custom_op("everest_tests::mix", mutates_args=())

@@ -159,13 +159,13 @@ class TestLiveSettings:
 
         keep = 0.3 if task == "pretraining" else 0.6
         rero = {"name": "ReRoSelector", "keep_ratio": keep, "distance": "l2", "descending": True}
-        rero |= {"anchor": None, "keep_tokens": None}
+        rero |= {"anchor": None, "keep_tokens": None, "camera": "ignore"}
         written = {"task": task, "selector": rero, "mask_ratio": 0.9, "visible": None, "frame_sampler": None}
         assert recorded() == {**recorded(), **written}
         policy.selector.keep_ratio, policy.selector.distance, policy.selector.descending = 0.5, "cka", False
         assert recorded()["selector"] == {**rero, "keep_ratio": 0.5, "distance": "cka", "descending": False}
-        policy.selector.keep_tokens, policy.selector.anchor = 9, "middle"
-        written = {"keep_ratio": None, "keep_tokens": 9, "anchor": "middle"}
+        policy.selector.keep_tokens, policy.selector.anchor, policy.selector.camera = 9, "middle", "compensate"
+        written = {"keep_ratio": None, "keep_tokens": 9, "anchor": "middle", "camera": "compensate"}
         assert recorded()["selector"] == {**rero, "distance": "cka", "descending": False, **written}
         policy.mask_ratio = 0.8
         assert recorded()["mask_ratio"] == 0.8

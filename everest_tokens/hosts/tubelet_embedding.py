@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from everest_tokens.camera import as_seen_later
 from everest_tokens.hosts.patched_class import Patched
 from everest_tokens.hosts.running import forward_of
 from everest_tokens.selection import check_selection, source_positions
@@ -105,12 +107,38 @@ class TubeletEmbedding(Patched):
                     training=self.training,
                     generator=current.generator,
                     with_importance=only_selects,
+                    seen_before=partial(self.seen_before, clips, size, tiled, kwargs),
                 )
             current.selection = selection
         source = source_positions(selection.visible, selection.steps, grid)
         if tiled:
             return self.normalise(embed_chosen(embedded, tubelets, source, projection))
         return gather_tokens(scored, source)
+
+    def seen_before(
+        self, clips: Tensor, size: TubeletSize, tiled: bool, kwargs: dict[str, Any], steps: Tensor | None
+    ) -> Tensor:
+        """Embed what each token's place showed one step earlier, as the camera sees it in the token's own step.
+
+        Args:
+            clips: of the candidate steps, as they are embedded.
+            tiled: whether the projection alone embeds them.
+            kwargs: of `embed`.
+            steps: (B, τ) int64, those that are drawn; None for all.
+
+        Returns:
+            (B, N, D) without grad.
+        """
+        frames = clips.transpose(1, 2) if self.everest.host.channels_first else clips
+        if steps is not None:
+            drawn = steps.unsqueeze(2) * size.frames + torch.arange(size.frames, device=steps.device)
+            frames = frames[torch.arange(frames.shape[0], device=steps.device).unsqueeze(1), drawn.flatten(1)]
+        frames = as_seen_later(frames, size.frames)
+        if tiled:
+            embedded = embed_tubelets(unfold_tubelets(frames, size), getattr(self, self.projection_name))
+        else:
+            embedded = self.embed(frames.transpose(1, 2) if self.everest.host.channels_first else frames, **kwargs)
+        return self.normalise(embedded).detach()
 
     def check_clips(self, clips: Any, geometry: Geometry) -> None:
         """Raise where a batch of clips isn't what the model takes."""

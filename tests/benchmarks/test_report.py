@@ -509,3 +509,12 @@ def test_the_readme_and_the_report_say_what_the_other_encoders_gave(tmp_path):
         f"`{document['command']}`",
     ):
         assert piece in " ".join(section.split())
+
+
+def test_clips_out_of_shards(tmp_path):
+    run = {"video": "a.mp4", "clips_per_cpu_second": {"files": 8.04, "shards": 6.01}, "ratio": 0.75}
+    document = {"shards": 7, "videos_of_a_shard": 3, "runs": [run | {"ratio_quartiles": [0.504, 1.0], "seconds": {}}]}
+    text = page(tmp_path, shard_loading_x=document)
+    assert line_of(text, "a.mp4") == ["a.mp4", "8.0", "6.0", "0.75 (0.50–1.00)"]
+    assert "in 7 shards of 3 and as single files" in text
+    assert "`python x` → `results/shard_loading_x.json`: CPU of a test" in text

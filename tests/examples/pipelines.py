@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import pytest
 
-
-def let_pyav_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing where the pipeline can decode; else its video processors decode with PyAV, which transformers can too."""
+def decodes() -> bool:
+    """Whether the pipeline takes paths here: older ones decode with PyAV, newer ones with torchcodec alone."""
     try:
         from transformers.utils.import_utils import is_torchcodec_usable
-        from transformers.video_processing_utils import BaseVideoProcessor
-        from transformers.video_utils import load_video
-    except ImportError:  # an older one, which decodes with PyAV in its pipeline
-        return
-    if is_torchcodec_usable(decode="video"):
-        return
+    except ImportError:
+        return True
+    return is_torchcodec_usable(decode="video")
 
-    def fetch_videos(self: Any, videos: Any, sample_indices_fn: Any = None) -> Any:
-        if isinstance(videos, list):
-            return list(zip(*(fetch_videos(self, video, sample_indices_fn) for video in videos), strict=True))
-        return load_video(videos, backend="pyav", sample_indices_fn=sample_indices_fn)
 
-    monkeypatch.setattr(BaseVideoProcessor, "fetch_videos", fetch_videos)
+def for_pipeline(video: Path, num_frames: int) -> Any:
+    """The path, or the frames that the README's other way gives to the pipeline."""
+    if decodes():
+        return str(video)
+    from transformers.video_utils import load_video
+
+    return load_video(str(video), num_frames=num_frames)[0]

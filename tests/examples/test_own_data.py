@@ -15,15 +15,17 @@ import hooks
 import pretrain
 import pytest
 import torch
+from checkpoints import mark_complete
 from data import held_out_of_trained, load_data
+from decoding import read_frames
 from made_videos import write_frames
 from motion_videos import moving_shape
-from pipelines import let_pyav_decode
+from pipelines import for_pipeline
 from recipe import FinetuningRecipe, fit, parse
 from recorded import record, write
 from run import TRAINING_DEFAULTS
 from training_runs import ON_CPU, TINY, assert_same, forked, last_state, losses, weights
-from transformers import TrainingArguments, VideoMAEForVideoClassification, pipeline
+from transformers import AutoImageProcessor, TrainingArguments, VideoMAEForVideoClassification, pipeline
 from video_list import Entry
 
 import everest_tokens as et
@@ -91,28 +93,30 @@ def small(videos: Path, out: Path, *more: Any) -> list[Any]:
 class TestTheWholeWay:
     """The README's commands, one after the other."""
 
-    def test_a_pipeline_gives_the_labels(self, videos, fine, monkeypatch):
-        let_pyav_decode(monkeypatch)
+    def test_a_pipeline_gives_the_labels(self, videos, fine):
         pipe = pipeline("video-classification", str(fine))
         given: list[torch.Tensor] = []
         pipe.model.register_forward_pre_hook(
             lambda model, args, kwargs: given.append(kwargs["pixel_values"]), with_kwargs=True
         )
         model = VideoMAEForVideoClassification.from_pretrained(fine).eval()
+        path = videos / "a" / "1.mp4"
+        video = for_pipeline(path, 8)
+        spread = getattr(pipe, "video_processor", None) is not None  # older ones take a video's first frames
+        frames = read_frames(path, [number * 12 // 8 if spread else number for number in range(8)])
+        clip = AutoImageProcessor.from_pretrained(fine)(list(frames.permute(0, 2, 3, 1).numpy()), return_tensors="pt")
         for keep_ratio in (None, 0.5):  # as plain transformers, then patched, with what training recorded
             if keep_ratio:
                 et.patch_videomae(pipe.model)
                 et.patch_videomae(model, et.ReRoSelector(keep_ratio))
-            answers = {answer["label"]: answer["score"] for answer in pipe(str(videos / "a" / "1.mp4"))}
+            answers = {answer["label"]: answer["score"] for answer in pipe(video)}
             with torch.no_grad():
                 scores = model(given[-1]).logits.softmax(dim=1)[0].tolist()
-            assert given[-1].shape == (1, 8, 3, 64, 64)
+            torch.testing.assert_close(given[-1], clip["pixel_values"])
             assert answers == pytest.approx({"a": scores[0], "b": scores[1]}, abs=1e-6)
 
     def test_the_processor_gives_the_clips_of_training(self, videos, fine):
         """What the pipeline's processor makes of the frames is what load_clip does."""
-        from transformers import AutoImageProcessor
-
         processor = AutoImageProcessor.from_pretrained(fine)
         video = videos / "a" / "1.mp4"
         torch.testing.assert_close(
@@ -301,6 +305,23 @@ class TestGoingOn:
         assert after.held_out == before.held_out
         assert len(after.train) == len(before.train) + 10
 
+    def test_the_split_is_that_of_another_runs_checkpoint(self, videos, tmp_path):
+        """Until the run that began from it has a checkpoint of its own."""
+        recipe = FinetuningRecipe(data=str(videos), val_fraction=0.25)
+        old, new = (tmp_path / name for name in ("old", "new"))
+        begun = TrainingArguments(str(new), seed=7, use_cpu=True, resume_from_checkpoint=str(old / "checkpoint-3"))
+        anew = load_data(recipe, begun)
+        for folder, seed in ((old, 0), (new, 1)):
+            training = TrainingArguments(str(folder), seed=seed, use_cpu=True)
+            split = load_data(recipe, training).held_out_names
+            assert split != anew.held_out_names
+            (folder / "checkpoint-3").mkdir(parents=True)
+            for place in (folder, folder / "checkpoint-3"):
+                write(place, record(recipe, training, held_out=split))
+            assert load_data(recipe, begun).held_out_names == json.loads((old / "recipe.json").read_text())["held_out"]
+        mark_complete(new / "checkpoint-3")
+        assert load_data(recipe, begun).held_out_names == split
+
     @pytest.mark.parametrize(
         ("place", "missing", "held_out"),
         [("then/videos", 0, True), ("then/videos", 1, True), ("now/videos", 0, True), ("now/videos", 1, False),
@@ -359,6 +380,23 @@ class TestStreams:
         assert sorted(whole) == list(range(1, 9))
         assert losses(tmp_path / "killed") == whole
         assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+    def test_what_was_unreadable_before_a_kill_counts(self, videos, tmp_path, capsys):
+        """Four of sixteen samples, of which the last step has at most its own."""
+        pytest.importorskip("datasets", reason="the data extra is not installed")
+        from test_streams import write_shard
+
+        files = sorted(videos.glob("*/*.mp4"))
+        content = [b"no video" if number % 4 == 0 else file.read_bytes() for number, file in enumerate(files)]
+        write_shard(tmp_path / "train-0.tar", {f"v{number:02}": (each, 0) for number, each in enumerate(content)})
+        arguments = [TINY, "--data", str(tmp_path), "--clips_per_epoch", "16", "--epochs", "1", "--batch_size", "4",
+                     "--warmup_epochs", "0", "--save_strategy", "steps", "--save_steps", "1", *ON_CPU,
+                     "--max_bad_fraction", "0.2", "--output_dir", str(tmp_path / "run")]  # fmt: skip
+        assert forked(lambda: (hooks.kill("compute_loss@3"), pretrain.main(arguments))[1]) == [-9]
+        assert pretrain.main(arguments) == 2
+        assert (
+            "4 of 16 videos could not be read, more than max_bad_fraction 0.2: v00, v04, v08" in capsys.readouterr().err
+        )
 
     def test_two_processes_fine_tune(self, shards, tmp_path):
         out = tmp_path / "run"

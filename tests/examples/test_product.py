@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from made_videos import write_frames
 from motion_videos import moving_shape
-from pipelines import let_pyav_decode
+from pipelines import decodes, for_pipeline
 from product import Scores, score, write_product
 from transformers import AutoImageProcessor, VideoMAEConfig, VideoMAEForVideoClassification, pipeline
 
@@ -112,6 +112,16 @@ class TestWriteProduct:
         assert "private" not in card.content
         assert "license" not in card.data.to_dict()
 
+    @pytest.mark.parametrize(("ratios", "said"), [([0.3], "kept 0.3 of"), ([0.6, 0.25, 1.0], "kept 0.6, 0.25 or 1 of")])
+    def test_a_card_tells_the_ratios_of_training_and_how_to_set_one(self, model, tmp_path, ratios, said):
+        write_product(tmp_path, model, RECORDED | {"keep_ratios": ratios}, None)
+        text = ModelCard.load(tmp_path / "README.md").text
+        assert f"Each step of its training {said} the tokens" in text
+        code = text.split("```python\n")[2].partition("```")[0]
+        names = {"pipe": SimpleNamespace(model=model)}
+        exec(code, names)
+        assert model.everest.selector.keep_ratio == min(ratios)
+
     def test_a_card_names_the_hubs_model_that_it_began_from(self, model, tmp_path):
         write_product(tmp_path, model, RECORDED | {"model": "MCG-NJU/videomae-base"}, None)
         card = ModelCard.load(tmp_path / "README.md")
@@ -120,8 +130,7 @@ class TestWriteProduct:
         assert not (tmp_path / "metrics.json").exists()
 
     def test_the_cards_code_runs(self, model, tmp_path, monkeypatch):
-        """Its two blocks one after the other, on a video."""
-        let_pyav_decode(monkeypatch)
+        """Its blocks one after the other, on a video, with the way to decode that works here."""
         folder = tmp_path / "fine"
         model.save_pretrained(folder)
         write_product(folder, model, RECORDED, None)
@@ -129,25 +138,30 @@ class TestWriteProduct:
         monkeypatch.chdir(tmp_path)
         blocks = (folder / "README.md").read_text().split("```python\n")[1:]
         names: dict[str, Any] = {}
+        path, frames = 'pipe("video.mp4")', "pipe(video)"
+        assert [block.count(path) + block.count(frames) for block in blocks] == [1, 1, 0]
         for block in blocks:
-            exec(block.partition("```")[0], names)
-        assert {answer["label"] for answer in names["pipe"]("video.mp4")} == set(LABELS)
+            code = block.partition("```")[0]
+            if (frames if decodes() else path) in code:
+                code = "\n".join(code.splitlines()[:-1]) if path in code else ""
+            exec(code, names)
+        video = for_pipeline(tmp_path / "video.mp4", 4)
+        assert {answer["label"] for answer in names["pipe"](video)} == set(LABELS)
         assert names["pipe"].model.everest.selector.keep_ratio == 0.5
         clip = load_clip("video.mp4", num_frames=4, stride=4, size=32, mean=RECORDED["mean"], std=RECORDED["std"])
         assert names["pipe"].model(clip).logits.shape == (1, 3)
 
-    def test_a_pipeline_gives_a_frame_sampler_its_candidates(self, model, tmp_path, monkeypatch):
-        let_pyav_decode(monkeypatch)
+    def test_a_pipeline_gives_a_frame_sampler_its_candidates(self, model, tmp_path):
         model.everest.frame_sampler = et.InfoFrameSampler(1.5)
         model.save_pretrained(tmp_path)
         write_product(tmp_path, model, RECORDED, None)
-        video = str(write_frames(tmp_path / "video.mp4", moving_shape("up", 0)))
+        video = write_frames(tmp_path / "video.mp4", moving_shape("up", 0))
         pipes = [pipeline("video-classification", str(tmp_path), **more) for more in ({}, {"num_frames": 6})]
         for pipe in pipes:
             et.patch_videomae(pipe.model)
         with pytest.raises(ValueError, match=r"num_frames=6\)"):
-            pipes[0](video)
-        assert {answer["label"] for answer in pipes[1](video)} == set(LABELS)
+            pipes[0](for_pipeline(video, 4))
+        assert {answer["label"] for answer in pipes[1](for_pipeline(video, 6))} == set(LABELS)
 
     def test_push_to_hub_sends_a_folder_that_loads(self, model, tmp_path, monkeypatch):
         """transformers' own, with the hub's two calls answered by a local folder."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from recipe import FinetuningRecipe, PretrainingRecipe, parse, set_warmup
+from recipe import FinetuningRecipe, PretrainingRecipe, parse, selection_of, set_warmup
 from run import TRAINING_DEFAULTS
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -154,6 +154,25 @@ class TestSettings:
     def test_values_that_cannot_be_in_finetuning(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             read(FinetuningRecipe, *arguments)
+
+    @pytest.mark.parametrize("kind", [PretrainingRecipe, FinetuningRecipe])
+    def test_a_number_of_tokens_or_a_share_of_them(self, kind, tmp_path):
+        """The one that is nearer to the user."""
+        path, labels = tmp_path / "mine.yaml", ["--num_labels", "5"] if kind is FinetuningRecipe else []
+        path.write_text(f"{kind.section}: {{keep_tokens: 300, anchor: middle, camera: compensate}}\n")
+        for given, expected in (([], (None, 300)), (["--keep_ratio", "0.4"], (0.4, None))):
+            recipe, _ = read(kind, str(path), *labels, *given)
+            assert (recipe.keep_ratio, recipe.keep_tokens) == expected
+            selector = selection_of(recipe)["selector"]
+            assert (selector.keep_ratio, selector.keep_tokens, selector.anchor) == (*expected, "middle")
+            assert selector.camera == "compensate"
+        recipe, _ = read(kind, *labels, "--keep_tokens", "9")
+        assert (recipe.keep_ratio, recipe.keep_tokens, recipe.anchor) == (None, 9, None)
+        with pytest.raises(ValueError, match="keep_ratio and keep_tokens say the same in two ways"):
+            read(kind, *labels, "--keep_tokens", "9", "--keep_ratio", "0.4")
+        for name, value in (("anchor", "last"), ("camera", "shake"), ("keep_tokens", "0"), ("alpha", "0.5")):
+            with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+                read(kind, *labels, f"--{name}", value)
 
     def test_what_must_be_set(self):
         with pytest.raises(ValueError, match="train_list"):

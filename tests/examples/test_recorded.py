@@ -236,5 +236,9 @@ class TestAnotherRunsFolder:
         settings = {"section": "finetuning", "model": None, "val_fraction": before}
         write(checkpoint, settings)
         check_goes_on(str(checkpoint), str(tmp_path), settings)
-        with pytest.raises(ValueError, match=f"holds a run with val_fraction {before}, not {now}: give another"):
-            check_goes_on(str(checkpoint), str(tmp_path), settings | {"val_fraction": now})
+        for out, where in (
+            (tmp_path, f"output_dir: {tmp_path} holds"),
+            (tmp_path / "new", f"resume_from_checkpoint: {checkpoint} is of"),
+        ):
+            with pytest.raises(ValueError, match=f"{where} a run with val_fraction {before}, not {now}: give"):
+                check_goes_on(str(checkpoint), str(out), settings | {"val_fraction": now})

@@ -78,6 +78,13 @@ def snapshots(trainer: VideoTrainer) -> Snapshots:
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Snapshots))
 
 
+def plain_run(build: Callable[..., Any], out: Path) -> torch.Tensor:
+    """The weights of the classifier after six steps of a run that nothing has come in the way of."""
+    trainer = video_trainer(build("classifier"), out, save_strategy="no")
+    trainer.train()
+    return trainer.model.state_dict()["classifier.weight"]
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("kind", KINDS)
     def test_all_is_bit_equal_after_a_resume(self, build, tmp_path, kind):
@@ -178,14 +185,18 @@ class TestHowManyAreKept:
             trainer_utils.rotate_checkpoints(str(theirs), limit, name and str(theirs / name))
             assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
 
-    @pytest.mark.parametrize(("limit", "best", "left"), [(1, None, [3]), (2, None, [3, 6]), (1, 2, [2, 3])])
-    def test_the_one_just_written_stays_where_later_ones_are_there(self, tmp_path, limit, best, left):
-        """A run that went on from checkpoint-2, although there was a checkpoint-6."""
-        for step in (2, 3, 4, 6):
-            (tmp_path / f"checkpoint-{step}").mkdir()
-            mark_complete(tmp_path / f"checkpoint-{step}")
+    @pytest.mark.parametrize(
+        ("limit", "best", "left"), [(1, None, [3]), (2, None, [6, 3]), (0, None, [2, 4, 6, 3]), (1, 2, [2, 3])]
+    )
+    def test_the_one_just_written_is_the_last_where_later_ones_are_there(self, tmp_path, limit, best, left):
+        """A run that went on from checkpoint-2, although there was a checkpoint-6, and was killed soon after."""
+        for step in (2, 3, 4, 6, 3):
+            with written_whole(tmp_path / f"checkpoint-{step}"):
+                (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+                mark_complete(tmp_path / f"checkpoint-{step}")
         drop_oldest(tmp_path / "checkpoint-3", limit, best and f"checkpoint-{best}")
         assert complete_checkpoints(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in left]
+        assert checkpoint_to_resume(tmp_path) == str(tmp_path / "checkpoint-3")
 
     def test_one_that_is_half_removed_is_not_complete(self, tmp_path, monkeypatch):
         for number in (3, 6):
@@ -285,15 +296,16 @@ class TestNothingBroken:
             trainer.save_model()
         assert not (tmp_path / "model.safetensors").exists()
 
-    @pytest.mark.parametrize("folder", ["checkpoint-2", "."])
+    @pytest.mark.parametrize("folder", ["checkpoint-2", ".", "checkpoint-run"])
     @pytest.mark.parametrize(
         ("error", "left"),
         [(HfHubHTTPError("502", response=mock.MagicMock()), True), (ConnectionResetError(104, "reset"), True),
          (OSError(errno.ENOSPC, "No space left"), False), (OSError(errno.EIO, "Input/output error"), False)],
     )  # fmt: skip
     def test_an_upload_that_fails_leaves_what_is_written(self, tmp_path, folder, error, left):
-        model = tmp_path / folder / "model.safetensors"
+        model, other = tmp_path / folder / "model.safetensors", tmp_path / folder / "run.lock"
         model.parent.mkdir(exist_ok=True)
+        other.touch()
 
         def save() -> None:
             with written_whole(tmp_path / folder):
@@ -303,6 +315,34 @@ class TestNothingBroken:
         with pytest.raises(type(error) if left else MachineFailed):
             save()
         assert model.exists() == left
+        assert other.exists() == (left or folder != "checkpoint-2")  # of a run that is called so all else stays
+
+    @pytest.mark.parametrize(
+        ("error", "ends"),
+        [
+            (ConnectionResetError(104, "reset"), ConnectionResetError),
+            (OSError(errno.ENOSPC, "No space"), MachineFailed),
+        ],
+    )
+    def test_an_upload_that_fails_leaves_its_checkpoint_complete(self, build, tmp_path, monkeypatch, error, ends):
+        """transformers copies the model into the run's folder for it, where the disk may be full."""
+
+        def upload(trainer: Any, folder: str) -> None:
+            if trainer.state.global_step == 4:
+                (tmp_path / "model.safetensors").write_text("half of one")
+                raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_push_from_checkpoint", upload)
+            trainer = video_trainer(build("classifier"), tmp_path, save_total_limit=1)
+            trainer.args.push_to_hub = True
+            with pytest.raises(ends):
+                trainer.train()
+        assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-4"]
+        assert (tmp_path / "model.safetensors").exists() == (ends is ConnectionResetError)
+        resumed = video_trainer(build("classifier", seed=1), tmp_path)
+        resumed.train(resume_from_checkpoint=checkpoint_to_resume(tmp_path))
+        assert_same(resumed.model.state_dict()["classifier.weight"], plain_run(build, tmp_path / "whole"))
 
     @pytest.mark.parametrize(
         ("file", "missing"), [("model.safetensors", 9000), *(("optimizer.pt", missing) for missing in (9000, 90, 1))]

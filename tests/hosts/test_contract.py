@@ -15,6 +15,7 @@ from host_contract import hosts, kinds
 from torch import Tensor
 
 import everest_tokens as et
+from everest_tokens.camera import as_seen_later
 
 
 def assert_same(
@@ -252,6 +253,82 @@ class TestFrameSampler:
         wrong = 2 * own + 1 if case.any_length else 2 * own
         with pytest.raises(ValueError, match=rf"\b{own}\b.*\b{wrong}\b"):
             model(case.clips(frames=wrong))
+
+
+class Watching:
+    """A selector of one's own that asks what the camera saw, and keeps the first half."""
+
+    camera = "compensate"
+
+    def __init__(self) -> None:
+        self.compared: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, tokens: Tensor, grid: tuple[int, int, int], previous: Tensor) -> Tensor:
+        self.compared.append((tokens, previous))
+        return torch.arange(tokens.shape[1] // 2).expand(len(tokens), -1)
+
+
+def panning(case: HostCase, frames: int | None = None) -> Tensor:
+    """Clips of smooth noise that moves on by a pixel a frame."""
+    clips = case.clips(frames=frames).movedim(1 + case.time, 1)  # (B, T, C, H, W)
+    still = torch.nn.functional.avg_pool2d(clips[:, 0], 3, stride=1, padding=1)
+    moving = torch.stack([still.roll(frame, dims=-1) for frame in range(clips.shape[1])], dim=1)
+    return moving.movedim(1, 1 + case.time).contiguous()
+
+
+def moved(case: HostCase, clips: Tensor) -> Tensor:
+    """`as_seen_later` of the clips as the model takes them."""
+    return as_seen_later(clips.movedim(1 + case.time, 1), case.tubelet).movedim(1, 1 + case.time).contiguous()
+
+
+class TestCamera:
+    @hosts()
+    def test_tokens_are_compared_with_the_embedding_of_the_moved_clip(self, case):
+        model, clips = case.patched(watching := Watching()), panning(case).requires_grad_()
+        plain_before = torch.cat([clips.detach().narrow(1 + case.time, 0, case.tubelet)] * 2, dim=1 + case.time)
+        seen = moved(case, clips.detach())
+        assert not torch.equal(seen.narrow(1 + case.time, 0, 2 * case.tubelet), plain_before)
+        watching.compared.clear()
+        case.run(model, clips)
+        case.run(model, seen)
+        (tokens, previous), (expected, _) = watching.compared
+        assert (tokens.requires_grad, previous.requires_grad) == (False, False)
+        case.close(previous, expected)
+
+    @kinds()
+    def test_with_a_frame_sampler_between_the_drawn_steps(self, case):
+        model = case.patched(watching := Watching(), frame_sampler=et.InfoFrameSampler(2.0))
+        clips = panning(case, frames=2 * case.clip[case.time])
+        watching.compared.clear()
+        steps = et.select_tokens(model, clips).steps
+        model.everest.frame_sampler = None
+        et.select_tokens(model, moved(case, drawn(case, clips, steps)))
+        (_, of_candidates), (_, previous), (expected, _) = watching.compared
+        assert of_candidates.shape[1] == 2 * case.tokens
+        case.close(previous, expected)
+
+    @kinds()
+    def test_a_resting_camera_changes_nothing(self, case):
+        model, clips = case.patched(0.5), case.clips()
+        before = et.select_tokens(model, clips, generator=torch.Generator().manual_seed(1))
+        model.everest.selector.camera = "compensate"
+        after = et.select_tokens(model, clips, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(before.visible, after.visible)
+        torch.testing.assert_close(after.importance, before.importance)
+        static = clips.narrow(1 + case.time, 0, 1).expand_as(clips)
+        assert et.select_tokens(model, static).importance.count_nonzero() == 0
+
+    @kinds()
+    @pytest.mark.parametrize("anchor", [None, "middle"])
+    def test_forward_runs_what_select_tokens_says(self, case, anchor):
+        selector = et.ReRoSelector(0.75, camera="compensate", anchor=anchor)
+        plain, model, clips = case.plain(), case.patched(selector), panning(case)
+        torch.manual_seed(11)
+        selection = et.select_tokens(model, clips)
+        case.close(case.run(model, clips), case.expected(plain, clips, selection))
+        if anchor:
+            area = case.grid[1] * case.grid[2]
+            assert selection.frame_counts[:, case.grid[0] // 2].tolist() == [area, area]
 
 
 class TestUnusualBatches:

@@ -318,6 +318,7 @@ SETTINGS = [
     pytest.param({"keep_ratio": et.ReRoSelector(0.5, distance="cosine"), "drop_path": 0.2}, id="cosine"),
     pytest.param({"keep_ratio": et.ReRoSelector(0.5, distance="cka", descending=False)}, id="cka"),
     pytest.param({"frame_sampler": et.InfoFrameSampler(2.0)}, id="frames"),
+    pytest.param({"keep_ratio": et.ReRoSelector(0.75, anchor="first", camera="compensate")}, id="camera"),
     pytest.param({"keep_ratio": et.RandomSelector(0.5)}, id="random"),
     pytest.param({"keep_ratio": et.TubeSelector(0.5)}, id="tubes"),
 ]

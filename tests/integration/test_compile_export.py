@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -133,3 +134,22 @@ class TestExport:
         shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
         program = torch.export.export(model, (), {"pixel_values": clips[:2]}, dynamic_shapes=shapes, strict=False)
         torch.testing.assert_close(program.module()(pixel_values=clips)[0], model(clips).logits)
+
+    def test_camera(self, make_model, make_clips):
+        model = et.patch_videomae(
+            make_model(VideoMAEForVideoClassification, **SMALL), et.ReRoSelector(0.5, camera="compensate")
+        )
+        still = torch.nn.functional.avg_pool2d(make_clips(model, batch=3)[:, 0], 3, stride=1, padding=1)
+        frames = model.config.num_frames
+        clips = torch.stack([still.roll(frame, dims=-1) for frame in range(frames)], dim=1)
+        shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+        program = torch.export.export(model, (), {"pixel_values": clips[:2]}, dynamic_shapes=shapes, strict=False)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        torch.testing.assert_close(loaded(pixel_values=clips)[0], model(clips).logits)
+        selector = model.everest.selector
+        ignored = et.select_tokens(model, clips)
+        selector.camera = "ignore"
+        assert not torch.equal(et.select_tokens(model, clips).importance, ignored.importance)
