@@ -20,7 +20,7 @@ from everest_tokens.visualization import draw, selection_part
 STYLES = {
     "rero": ("#0072B2", "o"),
     "rero first": ("#D55E00", "P"),
-    "rero middle": ("#F0E442", "X"),
+    "rero middle": ("#CC79A7", "X"),
     "random": ("#E69F00", "s"),
     "tube": ("#009E73", "^"),
     "running cell": ("#CC79A7", "D"),
@@ -254,7 +254,7 @@ def appearance(
         axis.set_xlabel("keep ratio")
         axis.set_ylabel("accuracy, % (dotted: chance)")
         axis.set_ylim(0, 100)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 

@@ -35,6 +35,7 @@ STILL_RATIOS = (0.2, 0.3, 0.6)
 DRAWN = "drawn ratios"
 DRAWN_RATIOS = (0.2, 0.3, 0.45, 0.6, 1.0)  # one of them each step
 LARGE = Task(size=96)  # large enough for the camera's motion to be found
+LARGE_STEPS = 400  # on a CPU a step of these frames takes seconds, most of them to find the camera's motion
 PANS = (0.0, 1.5, 3.0)
 HARDER = {"camera": (0.5, 1.5, 3.0), "flicker": (0.05, 0.1, 0.2), "noise": (16.0, 32.0, 64.0)}
 
@@ -156,7 +157,9 @@ def experiments() -> dict[str, list[Run]]:
             ),
         ],
         "camera-96": [
-            Run("", replace(LARGE, camera=pan), method, 0.15) for pan in PANS for method in ("rero", "rero compensated")
+            Run("", replace(LARGE, camera=pan), method, 0.15, steps=LARGE_STEPS)
+            for pan in PANS
+            for method in ("rero", "rero compensated")
         ],
     }
     return {name: [replace(run, experiment=name) for run in runs] for name, runs in found.items()}

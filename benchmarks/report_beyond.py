@@ -102,8 +102,9 @@ def camera(rows: Sequence[Row]) -> Iterator[str]:
     yield f"### A moving camera, frames of {LARGE.size} pixels"
     yield ""
     yield (
-        f"{first['kept']} of {first['tokens']} tokens are kept. *Compensated*: a token is scored against what its "
-        'place showed one step earlier as the camera saw it then (`camera="compensate"`).'
+        f"{first['steps']} steps of training; {first['kept']} of {first['tokens']} tokens are kept. *Compensated*: a "
+        "token is scored against what its place showed one step earlier as the camera saw it then "
+        '(`camera="compensate"`).'
     )
     yield ""
     methods = ("rero", "rero compensated")

@@ -59,11 +59,11 @@ def motion_document(page: Page, document: dict[str, Any]) -> None:
     suffix = document["file"].removeprefix("motion_accuracy").removesuffix(".json").replace("_", "-")
     page.draw(f"motion-clips{suffix}", clips, "Clips of the motion task, and the 15 % of the tokens that change most")
     keep_ratios(page, usual_task(from_scratch(rows)), caption, suffix)
-    page.add(longer([row for row in everything if row["steps"] is not None]))
+    page.add(longer(usual_task(row for row in everything if row["steps"] is not None)))
     for ablation in (orders, distances, running_cells, frame_samplers, lengths):
         page.add(ablation(rows))
     failures(page, from_scratch(rows), caption, suffix)
-    beyond(page, rows, caption, suffix)
+    beyond(page, everything, caption, suffix)
     page.add(sources([document]))
 
 

@@ -123,6 +123,7 @@ def test_the_runs_under_a_camera_on_large_frames():
     for run in EXPERIMENTS["camera-96"]:
         assert replace(run.task, camera=0.0) == replace(Task(), size=96)
         assert run.task.size // Settings.patch == 8
+        assert run.steps == 400
 
 
 def test_what_was_measured_before_there_were_colours_is_not_trained_again():

@@ -282,7 +282,7 @@ def test_motion_tables_hold_the_right_runs(motion):
     noisy = [r for r in records if r["task"]["noise"] == 64.0]
     assert line_of(text, "noise", "| 64 |", "all tokens")[3] == mean_of(noisy, method="all tokens")
     assert "| 4 | all tokens |" not in text  # the task as it is stands in the first table already
-    longer = [r for r in records if r["steps"] is not None]
+    longer = [r for r in records if r["steps"] == 4000]
     assert line_of(text, "| 4000 |", "tube")[3] == mean_of(longer, method="tube")
     assert "| EVEREST (ReRo) | 0.05 | 6/128 | 6.00 | 25.0% (25.0%–25.0%) |" in other
     assert other.startswith(" (H)")
@@ -307,7 +307,11 @@ def test_what_never_moves_one_checkpoint_and_the_camera_from_records_by_hand(tmp
         still_record("rero", 0.2, 0.71, 0.61, DRAWN),
         still_record("rero", 1.0, 0.72, 0.62, DRAWN),
     ]
-    large = asdict(Run("", replace(LARGE, camera=1.5), "rero", 0.15)) | {"tokens": 512, "kept": 76, "gflops": 0.1}
+    large = asdict(Run("", replace(LARGE, camera=1.5), "rero", 0.15, steps=400)) | {
+        "tokens": 512,
+        "kept": 76,
+        "gflops": 0.1,
+    }
     large |= {"colour_accuracy": None, "curve": []}
     records += [large | {"accuracy": 0.4}, large | {"method": "rero compensated", "accuracy": 0.6}]
     settings = {"patch": 12, "batch_size": 32, "steps": Settings.steps}
@@ -323,7 +327,8 @@ def test_what_never_moves_one_checkpoint_and_the_camera_from_records_by_hand(tmp
     assert "0.2, 0.3, 0.45, 0.6, 1 in each step" in checkpoint
     assert line_of(checkpoint, "| 0.20 |")[2:] == ["25/128", "71.0%", "61.0%", *both]
     assert line_of(checkpoint, "| 1.00 |")[2:] == ["128/128", "72.0%", "62.0%", *whole]
-    assert "76 of 512 tokens" in camera
+    assert "400 steps of training; 76 of 512 tokens" in camera
+    assert "With more steps" not in text
     assert line_of(camera, "| 1.5 |") == ["1.5", "40.0%", "60.0%"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         f"motion-{what}.png" for what in ("appearance-at-test", "appearance", "clips")
