@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from motion_clips import TEST_PHOTOS, Task, make_clips, photographs
 from step_rows import NAMES, clips, memory_of
-from table_text import Row
+from table_text import Row, grouped
 from torch import Tensor
 
 import everest_tokens as et
@@ -19,6 +19,8 @@ from everest_tokens.visualization import draw, selection_part
 # Okabe and Ito's colours, which the colour-blind tell apart, and a marker each for print.
 STYLES = {
     "rero": ("#0072B2", "o"),
+    "rero first": ("#D55E00", "P"),
+    "rero middle": ("#CC79A7", "X"),
     "random": ("#E69F00", "s"),
     "tube": ("#009E73", "^"),
     "running cell": ("#CC79A7", "D"),
@@ -258,6 +260,34 @@ def camera(rows: Sequence[Row]) -> Figure:
         axes[0].plot([], [], color="0.5", marker=marker, linestyle="none", markersize=5, label=label)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def appearance(
+    groups: dict[str, list[Row]], whole: Sequence[Row], chances: tuple[float, float], caption: str
+) -> Figure:
+    """Accuracy of both labels against the keep ratio, a line a selector.
+
+    Args:
+        groups: method → its records, of all ratios and seeds.
+        whole: the records of all tokens, drawn as a level.
+        chances: of the motion and of the colour.
+    """
+    figure, axes = panels(2, caption, height=4.2)
+    labels = (("motion", "accuracy"), ("colour of what rests", "colour_accuracy"))
+    for axis, (title, key), chance in zip(axes, labels, chances, strict=True):
+        for method, rows in groups.items():
+            ratios = grouped(rows, lambda row: row["keep_ratio"])
+            spread_plot(axis, method, [(ratio, [row[key] for row in mine]) for ratio, mine in ratios.items()])
+        if whole:
+            level = sum(row[key] for row in whole) / len(whole)
+            axis.axhline(100 * level, color=STYLES["all tokens"][0], linewidth=1.2, label=NAMES["all tokens"])
+        axis.axhline(100 * chance, color="0.6", linewidth=1, linestyle=":")
+        axis.set_title(title)
+        axis.set_xlabel("keep ratio")
+        axis.set_ylabel("accuracy, % (dotted: chance)")
+        axis.set_ylim(0, 100)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 

@@ -1,6 +1,6 @@
 """Does the selection carry the signal? A small VideoMAE learns a motion task from chosen tokens, all else equal.
 
-The task is in motion_clips.py. Each experiment asks one question of the paper at a size that a CPU trains in minutes:
+The task is in motion_clips.py. Each experiment asks one question, at a size that a CPU trains in minutes. Of the paper:
 
     keep-ratio      ReRo, random, tube, running cell and all tokens, at 5 to 60 % of the tokens (Figure 5, Table 10)
     longer          all tokens, random and tube with 4,000 steps
@@ -10,6 +10,13 @@ The task is in motion_clips.py. Each experiment asks one question of the paper a
     frame-sampler   InfoFrameSampler's α on clips whose action fills a third of the video (Table 13)
     frames          16 against 24 frames (Table 12)
     camera, flicker, noise   where change is no sign of the action any more
+
+Beyond it:
+
+    appearance           a second label that no change shows, the colour of a disc at rest; ReRo with anchors too
+    appearance-at-test   the same selectors on a model that was trained on all tokens
+    one-checkpoint       one model trained with keep ratios drawn for each step, against one model a ratio
+    camera-96            a moving camera and ReRo that compensates for it, on frames of 96 pixels
 
 Nothing here reproduces the paper's accuracies: see MOTION.md for what the task is and isn't.
 
@@ -28,6 +35,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,14 +44,19 @@ from typing import Any
 import torch
 from documents import RESULTS, cpu_name, header, write
 from motion_clips import DIRECTIONS, TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
-from motion_runs import ALL, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs, key_of
+from motion_runs import ALL, DRAWN, DRAWN_RATIOS, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs, key_of
+from table_text import grouped
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
+# Of the colour's cross-entropy in the loss, the motion's counts 1. Colour is learned at once and its gradients then set
+# AdamW's scale, it seems: with equal weights models of all tokens stayed at chance on the motion (MOTION.md).
+COLOUR_WEIGHT = 0.2
 LOOKS = 5  # how often accuracy is taken during a training
 
 
@@ -91,7 +104,7 @@ class Batches:
         self.mean, self.scale = 255 * mean, 1 / (255 * std)
 
     def take(self, index: Tensor, turn: int = 0) -> tuple[Tensor, Tensor]:
-        """float32 (B, T, 3, size, size) and labels (B,)."""
+        """float32 (B, T, 3, size, size) and labels, (B,) or with colours (B, 2)."""
         clips, labels = turned(self.clips[index[:, None], self.frames[index]], self.labels[index], turn)
         return (clips.contiguous().float() - self.mean) * self.scale, labels
 
@@ -122,7 +135,7 @@ def config_of(run: Run, settings: Settings) -> VideoMAEConfig:
         decoder_num_hidden_layers=settings.decoder_depth,
         decoder_num_attention_heads=settings.heads,
         decoder_intermediate_size=4 * settings.decoder_width,
-        num_labels=DIRECTIONS,
+        num_labels=DIRECTIONS + run.task.colours,
         use_mean_pooling=True,
     )
 
@@ -138,8 +151,32 @@ def initialised(model: Any) -> Any:
     return model
 
 
-def fit(model: Any, batches: Batches, steps: int, clips: int, seed: int, settings: Settings, look: Any = None) -> float:
-    """Train for `steps` on the first `clips` clips; returns the mean loss of the last tenth of the steps."""
+def heads(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits of each label with it, the direction's and, where labels are (B, 2), the colour's."""
+    # Without colours the second part of the logits is empty, and there is no label for it.
+    return zip(logits.tensor_split([DIRECTIONS], dim=1), labels.reshape(len(labels), -1).unbind(1), strict=False)
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of the direction, and a share of the colour's."""
+    motion, *colour = (cross_entropy(*head) for head in heads(logits, labels))
+    return motion + COLOUR_WEIGHT * colour[0] if colour else motion
+
+
+def fit(
+    model: Any,
+    batches: Batches,
+    steps: int,
+    clips: int,
+    seed: int,
+    settings: Settings,
+    look: Any = None,
+    keep_ratios: Sequence[float] = (),
+) -> float:
+    """Train for `steps` on the first `clips` clips; returns the mean loss of the last tenth of the steps.
+
+    With `keep_ratios` each step draws one of them, by the seed alone, so that all methods draw the same.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
@@ -151,12 +188,18 @@ def fit(model: Any, batches: Batches, steps: int, clips: int, seed: int, setting
     labelled = isinstance(model, VideoMAEForVideoClassification)
     device = batches.clips.device
     generator = torch.Generator().manual_seed(seed)
+    if keep_ratios:  # by a generator of their own: the batches stay those of every other training
+        ratios = torch.Generator().manual_seed(1000 + seed)
+        drawn = torch.randint(len(keep_ratios), (steps,), generator=ratios).tolist()
     losses = []
     for step in range(1, steps + 1):
+        if keep_ratios:
+            model.everest.selector.keep_ratio = keep_ratios[drawn[step - 1]]
         index = torch.randint(clips, (settings.batch_size,), generator=generator).to(device)
         turn = int(torch.randint(8, (), generator=generator))
         pixels, labels = batches.take(index, turn)
-        loss = model(pixels, labels=labels).loss if labelled else model(pixels).loss
+        output = model(pixels)
+        loss = loss_of(output.logits, labels) if labelled else output.loss
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -168,15 +211,16 @@ def fit(model: Any, batches: Batches, steps: int, clips: int, seed: int, setting
 
 
 @torch.no_grad()
-def accuracy(model: Any, batches: Batches) -> float:
-    """The share of the test clips that get their own label."""
+def accuracies(model: Any, batches: Batches) -> list[float]:
+    """The share of the test clips that get their own label, for each label."""
     model.eval()
-    right = 0
+    right = torch.zeros(batches.labels[:1].numel(), dtype=torch.int64)
     for index in torch.arange(len(batches.labels), device=batches.clips.device).split(128):
         pixels, labels = batches.take(index)
-        right += int((model(pixels).logits.argmax(-1) == labels).sum())
+        for i, (logits, own) in enumerate(heads(model(pixels).logits, labels)):
+            right[i] += (logits.argmax(-1) == own).sum().cpu()
     model.train()
-    return right / len(batches.labels)
+    return [int(count) / len(batches.labels) for count in right]
 
 
 @lru_cache(maxsize=2)
@@ -192,8 +236,16 @@ def pretrained(run: Run, settings: Settings, device: torch.device) -> tuple[dict
     return model.videomae.state_dict(), loss
 
 
-def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Train and test one model."""
+def patch(model: Any, run: Run) -> None:
+    """Give the model the selector of this run, in the place of the one it has."""
+    kind = UniformFrameSampler if run.uniform else et.InfoFrameSampler
+    sampler = None if run.alpha is None else kind(run.alpha)
+    et.patch_videomae(model, SELECTORS[run.method](run.keep_ratio or 1.0), frame_sampler=sampler)
+
+
+def train(runs: Sequence[Run], settings: Settings, device: torch.device) -> list[dict[str, Any]]:
+    """Train one model and test it as each of `runs` says, which have their `training` in common."""
+    run = runs[0].training
     torch.manual_seed(run.seed)
     began = time.perf_counter()
     steps, clips = run.steps or settings.steps, settings.training_clips
@@ -208,11 +260,10 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
     if weights is not None:
         model.videomae.load_state_dict(weights, strict=False)  # the encoder's last norm is the classifier's fc_norm
     if run.method != ALL:
-        kind = UniformFrameSampler if run.uniform else et.InfoFrameSampler
-        sampler = None if run.alpha is None else kind(run.alpha)
-        et.patch_videomae(model, SELECTORS[run.method](run.keep_ratio or 1.0), frame_sampler=sampler)
+        patch(model, run)
     model = model.to(device).train()
     test, curve = Batches(run, settings, device, training=False), []
+    drawn = run.trained == DRAWN
     loss = fit(
         model,
         Batches(run, settings, device, training=True),
@@ -220,27 +271,41 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict[str, Any]:
         clips,
         run.seed,
         settings,
-        lambda step: curve.append([step, accuracy(model, test)]),
+        # In the middle of drawn ratios the model has whichever came last.
+        None if drawn else lambda step: curve.append([step, *accuracies(model, test)]),
+        DRAWN_RATIOS if drawn else (),
     )
     tokens = (run.model_frames // 2) * (run.task.size // settings.patch) ** 2
-    kept = tokens if run.method == ALL else et.select_tokens(model, test.take(test.labels[:1] * 0)[0]).kept.shape[1]
-    return {
-        **asdict(run),
-        "tokens": tokens,
-        "kept": kept,
-        "gflops": et.count_flops(model).total / 1e9,
-        "accuracy": curve[-1][1] if curve and curve[-1][0] == steps else accuracy(model, test),
-        "curve": curve,
-        "loss": loss,
-        "pretraining_loss": pretraining_loss,
-        "seconds": time.perf_counter() - began,
-    }
+    records = []
+    for one in sorted(runs, key=lambda one: one.trained is not None):  # first the one that is tested as it was trained
+        if one.trained is not None:
+            patch(model, one)
+            torch.manual_seed(one.seed)  # random tokens are then the same, whatever was tested before
+        scores = curve[-1][1:] if one.trained is None else accuracies(model, test)
+        whole = one.method == ALL
+        record = {
+            **asdict(one),
+            "tokens": tokens,
+            "kept": tokens
+            if whole
+            else et.select_tokens(model, test.take(torch.arange(1, device=device))[0]).kept.shape[1],
+            "gflops": et.count_flops(model).total / 1e9,
+            "accuracy": scores[0],
+            "colour_accuracy": scores[1] if one.task.colours else None,
+            "curve": curve if one.trained is None else [],
+            "loss": loss,
+            "pretraining_loss": pretraining_loss,
+            "seconds": time.perf_counter() - began,  # the first one's with the training
+        }
+        records.append(record)
+        began = time.perf_counter()
+    return records
 
 
-def _worker(job: tuple[Run, Settings, str]) -> dict[str, Any]:
+def _worker(job: tuple[list[Run], Settings, str]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    run, settings, device = job
-    return train(run, settings, torch.device(device))
+    runs, settings, device = job
+    return train(runs, settings, torch.device(device))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -279,14 +344,16 @@ def main(arguments: list[str] | None = None) -> None:
     runs = chosen_runs(options.experiments, options.methods, options.seeds)
     if not runs:
         parser.error(f"no model of {', '.join(options.experiments)} is trained with {', '.join(options.methods)}")
-    waiting = [(run, settings, options.device) for run in runs if key_of(asdict(run)) not in done]
+    waiting = [run for run in runs if key_of(asdict(run)) not in done]
+    jobs = grouped(waiting, lambda run: key_of(asdict(run.training)))  # each model is trained once, however many tests
     workers = options.workers or (os.cpu_count() or 1 if on_cpu else 1)
-    pool = multiprocessing.get_context("spawn").Pool(min(workers, max(len(waiting), 1)))
-    with pool, tqdm(total=len(waiting), desc="models", unit="model") as bar:
-        for record in pool.imap_unordered(_worker, waiting):
-            document["runs"].append(record)
+    pool = multiprocessing.get_context("spawn").Pool(min(workers, max(len(jobs), 1)))
+    with pool, tqdm(total=len(jobs), desc="models", unit="model") as bar:
+        for records in pool.imap_unordered(_worker, [(job, settings, options.device) for job in jobs.values()]):
+            document["runs"] += records
             write(document, options.out)
-            bar.set_postfix_str(f"{record['experiment']} {record['method']}: {record['accuracy']:.0%}")
+            last = records[-1]
+            bar.set_postfix_str(f"{last['experiment']} {last['method']}: {last['accuracy']:.0%}")
             bar.update()
     write(document, options.out)
     print_table(document["runs"], {key_of(asdict(run)) for run in runs})
@@ -299,16 +366,20 @@ def print_table(records: list[dict[str, Any]], wanted: set[str]) -> None:
     for record in records:
         if key_of(record) in wanted:
             groups.setdefault(key_of({**record, "seed": None}), []).append(record)
-    print(f"{'experiment':<15}{'pre-training':<14}{'method':<14}{'kept':>9}{'GFLOPs':>10}{'accuracy':>10}  over seeds")
+    columns = f"{'experiment':<20}{'trained':<14}{'method':<18}{'kept':>9}{'GFLOPs':>10}{'accuracy':>10}"
+    print(f"{columns}  over seeds; colour")
     for group in groups.values():
         first = group[0]
         values = [record["accuracy"] for record in group]
+        colours = [record["colour_accuracy"] for record in group if first["task"].get("colours")]
         task = ", ".join(f"{k} {v}" for k, v in first["task"].items() if v != getattr(Task, k))
         kept = f"{first['kept']}/{first['tokens']}"
         every = f"every {first['every']} of {first['window']}" if first["every"] > 1 else None
-        more = ", ".join(filter(None, [task, first["alpha"] and f"α {first['alpha']}", every]))
+        colour = f"colour {sum(colours) / len(colours):.1%}" if colours else None
+        more = ", ".join(filter(None, [colour, task, first["alpha"] and f"α {first['alpha']}", every]))
+        trained = first.get("trained") or first["pretraining"] or ""
         print(
-            f"{first['experiment']:<15}{first['pretraining'] or '':<14}{first['method']:<14}{kept:>9}"
+            f"{first['experiment']:<20}{trained:<14}{first['method']:<18}{kept:>9}"
             f"{first['gflops']:>10.5f}{sum(values) / len(values):>10.1%}"
             f"  {min(values):.1%} to {max(values):.1%}  {more}"
         )

@@ -5,11 +5,14 @@ label. Its place is uniform over the frame, whose edges are joined (what leaves 
 so is independent of the label: a single frame says nothing about it, only change does. A second disc, which stays where
 it is, shows that having the texture of an object isn't enough. Training clips and test clips are made of different
 photographs, the ones that scikit-image ships.
+
+With `colours` the resting disc has a tint, which is a second label: each frame shows it, and no change does.
 """
 
 from __future__ import annotations
 
 import math
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 DIRECTIONS = 8
+TINT = 0.6  # of a tinted disc: its share of the pure hue, the rest is texture
 TRAINING_PHOTOS = ("astronaut", "coffee", "rocket", "brick", "grass", "motorcycle")
 TEST_PHOTOS = ("chelsea", "gravel", "hubble_deep_field", "camera")
 PHOTO_SIDE = 160  # pixels; a frame is a part of it, so that the detail in a frame is a photograph's
@@ -37,6 +41,7 @@ class Task:
         camera: how far the photograph moves behind the discs, a frame, in a random direction.
         flicker: standard deviation of each frame's brightness, as a share of it.
         action: share of the frames during which the object moves, from a random frame on; before and after it rests.
+        colours: how many tints the resting disc can have, its label; 0 for a disc without tint or label.
     """
 
     frames: int = 16
@@ -47,6 +52,7 @@ class Task:
     camera: float = 0.0
     flicker: float = 0.0
     action: float = 1.0
+    colours: int = 0
 
 
 @lru_cache(maxsize=2)
@@ -72,6 +78,11 @@ def velocity(labels: Tensor, speed: float) -> Tensor:
     """labels (n,) → (n, 2) pixels a frame, down and to the right: label 0 moves right, 2 down, 4 left, 6 up."""
     angle = labels * (2 * math.pi / DIRECTIONS)
     return speed * torch.stack([angle.sin(), angle.cos()], dim=-1)
+
+
+def tints(count: int) -> Tensor:
+    """(count, 3) float32 of 255: red, green and blue of evenly spaced hues, from red on."""
+    return torch.tensor([hsv_to_rgb(i / count, 1.0, 1.0) for i in range(count)]) * 255
 
 
 def places(task: Task, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,7 +112,8 @@ def make_clips(task: Task, photos: Tensor, count: int, generator: torch.Generato
         photos: uint8 (P, side, side, 3), to cut backgrounds and discs from.
 
     Returns:
-        clips uint8 (count, frames, 3, size, size) and labels int64 (count,).
+        clips uint8 (count, frames, 3, size, size) and labels int64: the direction (count,), or with `colours` the
+        direction and the tint (count, 2).
     """
     made = [make_chunk(task, photos, min(_CHUNK, count - done), generator) for done in range(0, count, _CHUNK)]
     clips, labels, _ = zip(*made, strict=True)
@@ -135,9 +147,12 @@ def make_chunk(task: Task, photos: Tensor, count: int, generator: torch.Generato
     disc = (around[:, None] ** 2 + around**2 <= task.radius**2).nonzero() - task.radius  # (M, 2)
     clip, frame = torch.arange(count)[:, None, None], torch.arange(task.frames)[:, None]
     resting = drawn(task.size, count, 1, 2).expand(-1, task.frames, -1)
-    for centre in (resting, places(task, labels, generator)):
+    colours = drawn(task.colours, count) if task.colours else None  # nothing is drawn, or all that follows would differ
+    for centre, colour in ((resting, colours), (places(task, labels, generator), None)):
         cut = drawn(side - 2 * task.radius, count, 1, 2) + task.radius + disc  # (n, M, 2)
         texture = photos[drawn(len(photos), count, 1), cut[..., 0], cut[..., 1]].float()  # (n, M, 3)
+        if colour is not None:
+            texture = texture.lerp(tints(task.colours)[colour][:, None], TINT)
         at = (centre[:, :, None] + disc) % task.size  # (n, T, M, 2)
         clips[clip, frame, at[..., 0], at[..., 1]] = texture[:, None]
     moving = torch.zeros(count, task.frames, task.size, task.size, dtype=torch.bool)
@@ -145,6 +160,7 @@ def make_chunk(task: Task, photos: Tensor, count: int, generator: torch.Generato
     if task.flicker:
         clips *= 1 + task.flicker * torch.randn(count, task.frames, 1, 1, 1, generator=generator)
     clips += task.noise * torch.randn(clips.shape, generator=generator)
+    labels = labels if colours is None else torch.stack([labels, colours], dim=1)
     return clips.round().clamp(0, 255).byte().permute(0, 1, 4, 2, 3).contiguous(), labels, moving
 
 
@@ -152,12 +168,14 @@ def turned(clips: Tensor, labels: Tensor, turn: int) -> tuple[Tensor, Tensor]:
     """The same clips seen in one of the eight symmetries of a square, with the labels that they then have.
 
     Args:
+        labels: (n,) or (n, 2) as `make_clips` gives them; a turned disc has the colour that it had.
         turn: 0 … 7; bit 0 mirrors left and right, bit 1 up and down, bit 2 exchanges rows and columns.
     """
+    direction = labels if labels.ndim == 1 else labels[:, 0]
     if turn & 1:
-        clips, labels = clips.flip(-1), (DIRECTIONS // 2 - labels) % DIRECTIONS
+        clips, direction = clips.flip(-1), (DIRECTIONS // 2 - direction) % DIRECTIONS
     if turn & 2:
-        clips, labels = clips.flip(-2), -labels % DIRECTIONS
+        clips, direction = clips.flip(-2), -direction % DIRECTIONS
     if turn & 4:
-        clips, labels = clips.transpose(-1, -2), (DIRECTIONS // 4 - labels) % DIRECTIONS
-    return clips, labels
+        clips, direction = clips.transpose(-1, -2), (DIRECTIONS // 4 - direction) % DIRECTIONS
+    return clips, direction if labels.ndim == 1 else torch.stack([direction, labels[:, 1]], dim=1)

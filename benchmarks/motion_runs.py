@@ -1,11 +1,11 @@
-"""Which models motion_accuracy.py trains: one experiment for each question of the paper."""
+"""Which models motion_accuracy.py trains: one experiment for each question of the paper, then those beyond it."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,9 @@ ALL = "all tokens"
 NONE = "none"  # trained as after pre-training, without one
 SELECTORS: dict[str, Callable[[float], Any]] = {
     "rero": et.ReRoSelector,
+    "rero first": partial(et.ReRoSelector, anchor="first"),
+    "rero middle": partial(et.ReRoSelector, anchor="middle"),
+    "rero compensated": partial(et.ReRoSelector, camera="compensate"),
     "ascending": partial(et.ReRoSelector, descending=False),
     "random": et.RandomSelector,
     "tube": et.TubeSelector,
@@ -26,6 +29,14 @@ SELECTORS: dict[str, Callable[[float], Any]] = {
 KEEP_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.6)
 ALPHAS = (1.3, 1.5, 1.8, 2.0)
 LONGER = 4000  # steps, four times the default
+COLOURED = Task(colours=6)
+STILL = ("rero", "rero first", "rero middle", "random", "tube")  # what is asked of what never moves
+STILL_RATIOS = (0.2, 0.3, 0.6)
+DRAWN = "drawn ratios"
+DRAWN_RATIOS = (0.2, 0.3, 0.45, 0.6, 1.0)  # one of them each step
+LARGE = Task(size=96, frames=8)  # large enough for the camera's motion to be found
+LARGE_STEPS = 400  # on a CPU a step of these frames takes seconds, most of them to find the camera's motion
+PANS = (0.0, 1.5, 3.0)
 HARDER = {"camera": (0.5, 1.5, 3.0), "flicker": (0.05, 0.1, 0.2), "noise": (16.0, 32.0, 64.0)}
 
 
@@ -42,6 +53,8 @@ class Run:
         every: takes every n-th frame of the window.
         uniform: draws the time steps without regard to their tokens, to tell what the longer window gives.
         steps: of the training with labels; None for the settings'.
+        trained: how, where `method` and `keep_ratio` are those of the test alone: "all tokens", or "drawn ratios" for
+            the method with a keep ratio of its own in each step.
     """
 
     experiment: str
@@ -56,11 +69,21 @@ class Run:
     uniform: bool = False
     steps: int | None = None
     seed: int = 0
+    trained: str | None = None
 
     @property
     def model_frames(self) -> int:
         """Frames that the encoder's clip has."""
         return 16 if self.window is not None else self.task.frames
+
+    @property
+    def training(self) -> Run:
+        """What is trained for this run: the same for all that differ in the test alone."""
+        if self.trained is None:
+            return self
+        if self.trained == ALL:
+            return replace(self, method=ALL, keep_ratio=None, trained=None)
+        return replace(self, keep_ratio=None)
 
 
 def experiments() -> dict[str, list[Run]]:
@@ -68,6 +91,9 @@ def experiments() -> dict[str, list[Run]]:
 
     def plain(method: str, keep_ratio: float | None = None, *pretraining: Any, **more: Any) -> Run:
         return Run("", Task(), method, keep_ratio, *pretraining, **more)
+
+    def coloured(method: str, keep_ratio: float | None = None, **more: Any) -> Run:
+        return Run("", COLOURED, method, keep_ratio, **more)
 
     def windowed(window: int, **more: Any) -> Run:
         return Run("", Task(frames=48, action=1 / 3), "rero", 0.15, window=window, **more)
@@ -115,6 +141,26 @@ def experiments() -> dict[str, list[Run]]:
             for name, levels in HARDER.items()
         },
         "frames": [Run("", Task(frames=frames), "rero", 0.3) for frames in (16, 24)],
+        "appearance": [coloured(ALL), *(coloured(method, ratio) for method in STILL for ratio in STILL_RATIOS)],
+        "appearance-at-test": [
+            coloured(ALL),
+            *(coloured(method, ratio, trained=ALL) for method in STILL for ratio in STILL_RATIOS),
+        ],
+        "one-checkpoint": [
+            coloured(ALL),
+            *(
+                coloured(method, ratio, trained=trained)
+                for method in ("rero", "rero first")
+                for trained in (DRAWN, None)
+                for ratio in DRAWN_RATIOS
+                if trained == DRAWN or ratio < 1  # trained at 1 it is all tokens
+            ),
+        ],
+        "camera-96": [
+            Run("", replace(LARGE, camera=pan), method, 0.15, steps=LARGE_STEPS)
+            for pan in PANS
+            for method in ("rero", "rero compensated")
+        ],
     }
     return {name: [replace(run, experiment=name) for run in runs] for name, runs in found.items()}
 
@@ -122,9 +168,16 @@ def experiments() -> dict[str, list[Run]]:
 EXPERIMENTS = experiments()
 
 
+def completed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the defaults of what runs and tasks had no field for when it was measured."""
+    later = {field.name: field.default for field in fields(Run) if field.default is not MISSING}
+    return later | record | {"task": asdict(Task()) | record["task"]}
+
+
 def key_of(record: dict[str, Any]) -> str:
-    """What tells a run from the others, whichever experiment asked for it first."""
-    return json.dumps({name: record[name] for name in sorted(Run.__dataclass_fields__) if name != "experiment"})
+    """What tells a run from the others, whichever experiment asked for it first, and whenever it was measured."""
+    whole = completed(record)
+    return json.dumps({name: whole[name] for name in sorted(Run.__dataclass_fields__) if name != "experiment"})
 
 
 def chosen_runs(names: list[str], methods: list[str] | None, seeds: int) -> list[Run]:

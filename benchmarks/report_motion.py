@@ -9,7 +9,9 @@ from typing import Any
 
 import figures
 from motion_clips import DIRECTIONS, Task, share_with_motion
+from motion_runs import completed
 from pages import Page, documents, rows_of, sources
+from report_beyond import beyond
 from step_rows import NAMES
 from table_text import Row, grouped, number, percent, table
 
@@ -39,7 +41,7 @@ def motion(page: Page, folder: Path) -> None:
 
 def motion_document(page: Page, document: dict[str, Any]) -> None:
     """One file, so one device and the same settings for all; another file is another section."""
-    everything = rows_of([document])
+    everything = [completed(row) for row in rows_of([document])]
     rows = [row for row in everything if row["steps"] is None]
     caption = document["device"]
     page.add(
@@ -57,10 +59,11 @@ def motion_document(page: Page, document: dict[str, Any]) -> None:
     suffix = document["file"].removeprefix("motion_accuracy").removesuffix(".json").replace("_", "-")
     page.draw(f"motion-clips{suffix}", clips, "Clips of the motion task, and the 15 % of the tokens that change most")
     keep_ratios(page, usual_task(from_scratch(rows)), caption, suffix)
-    page.add(longer([row for row in everything if row["steps"] is not None]))
+    page.add(longer(usual_task(row for row in everything if row["steps"] is not None)))
     for ablation in (orders, distances, running_cells, frame_samplers, lengths):
         page.add(ablation(rows))
     failures(page, from_scratch(rows), caption, suffix)
+    beyond(page, everything, caption, suffix)
     page.add(sources([document]))
 
 
@@ -75,7 +78,7 @@ def accuracies(rows: Iterable[Row]) -> str:
 
 def from_scratch(rows: Iterable[Row]) -> list[Row]:
     """Trained with all labels, on all frames of the clip; a model stands once, whichever experiment asked for it."""
-    return [row for row in rows if row["pretraining"] is None and row["window"] is None]
+    return [row for row in rows if row["pretraining"] is row["window"] is row["trained"] is None]
 
 
 def usual_task(rows: Iterable[Row], but: str = "") -> list[Row]:

@@ -10,6 +10,9 @@ from targets import step_targets
 
 NAMES = {
     "rero": "EVEREST (ReRo)",
+    "rero first": "ReRo, first step whole",
+    "rero middle": "ReRo, middle step whole",
+    "rero compensated": "ReRo, camera compensated",
     "random": "random (ST-MAE)",
     "tube": "tube (VideoMAE)",
     "running cell": "running cell (V2)",

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import motion_accuracy
 import pytest
 import torch
-from motion_accuracy import Batches, Settings, accuracy, clips_of, fit, train
+from motion_accuracy import Batches, Settings, accuracies, clips_of, fit
 from motion_clips import TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
-from motion_runs import ALL, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs
+from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs, key_of
 from torch import nn
 from torchvision.transforms import v2
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
@@ -33,6 +33,12 @@ def _nothing_left():
     yield
     clips_of.cache_clear()
     motion_accuracy.pretrained.cache_clear()
+
+
+def train(run: Run, settings: Settings, device: torch.device) -> dict:
+    """The record of a run that is tested as it was trained."""
+    (record,) = motion_accuracy.train([run], settings, device)
+    return record
 
 
 def settings_of(experiment: str) -> set[tuple]:
@@ -72,13 +78,67 @@ def test_the_runs_of_the_papers_figures_and_tables():
 def test_the_selectors_are_what_their_names_say():
     kinds = {name: make(0.5) for name, make in SELECTORS.items()}
     assert all(kind.keep_ratio == 0.5 for kind in kinds.values())
+    compensated = kinds.pop("rero compensated")
+    assert (type(compensated), compensated.camera, kinds["rero"].camera) == (et.ReRoSelector, "compensate", "ignore")
     others = {"random": et.RandomSelector, "tube": et.TubeSelector, "running cell": et.RunningCellSelector}
     assert {name: type(kinds.pop(name)) for name in others} == others
-    assert {name: (type(kind), kind.distance, kind.descending) for name, kind in kinds.items()} == {
-        "rero": (et.ReRoSelector, "l2", True),
-        "ascending": (et.ReRoSelector, "l2", False),
-        **{distance: (et.ReRoSelector, distance, True) for distance in ("l1", "cosine", "cka")},
+    assert all(type(kind) is et.ReRoSelector for kind in kinds.values())
+    assert {name: (kind.distance, kind.descending, kind.anchor) for name, kind in kinds.items()} == {
+        "rero": ("l2", True, None),
+        "rero first": ("l2", True, "first"),
+        "rero middle": ("l2", True, "middle"),
+        "ascending": ("l2", False, None),
+        **{distance: (distance, True, None) for distance in ("l1", "cosine", "cka")},
     }
+
+
+def test_the_runs_of_what_never_moves_and_of_one_checkpoint():
+    selectors, ratios = ("rero", "rero first", "rero middle", "random", "tube"), (0.2, 0.3, 0.6)
+    runs = {name: EXPERIMENTS[name] for name in ("appearance", "appearance-at-test", "one-checkpoint")}
+    assert {run.task for mine in runs.values() for run in mine} == {COLOURED}
+    assert replace(Task(), colours=COLOURED.colours) == COLOURED
+    found = {name: {(run.method, run.keep_ratio, run.trained) for run in mine} for name, mine in runs.items()}
+    whole = (ALL, None, None)
+    assert found["appearance"] == {whole, *((m, r, None) for m in selectors for r in ratios)}
+    assert found["appearance-at-test"] == {whole, *((m, r, ALL) for m in selectors for r in ratios)}
+    assert found["one-checkpoint"] == {
+        whole,
+        *((m, r, DRAWN) for m in ("rero", "rero first") for r in (0.2, 0.3, 0.45, 0.6, 1.0)),
+        *((m, r, None) for m in ("rero", "rero first") for r in (0.2, 0.3, 0.45, 0.6)),
+    }
+    # One training for all that is tested on all tokens' model, and one a method for the drawn ratios.
+    trainings = {name: {key_of(asdict(run.training)) for run in mine} for name, mine in runs.items()}
+    assert {name: len(keys) for name, keys in trainings.items()} == {
+        "appearance": 16,
+        "appearance-at-test": 1,
+        "one-checkpoint": 1 + 8 + 2,
+    }
+    assert trainings["appearance-at-test"] < trainings["appearance"]
+
+
+def test_the_runs_under_a_camera_on_large_frames():
+    assert [(run.task.camera, run.method, run.keep_ratio) for run in EXPERIMENTS["camera-96"]] == [
+        (pan, method, 0.15) for pan in (0.0, 1.5, 3.0) for method in ("rero", "rero compensated")
+    ]
+    for run in EXPERIMENTS["camera-96"]:
+        assert replace(run.task, camera=0.0) == replace(Task(), size=96, frames=8)
+        assert run.task.size // Settings.patch == 8
+        assert run.steps == 400
+
+
+def test_what_was_measured_before_there_were_colours_is_not_trained_again():
+    """A record has the key of its run, with and without the fields that came later."""
+    asked = {key_of(asdict(run)) for run in chosen_runs(list(EXPERIMENTS), None, 3)}
+    stored = json.loads((motion_accuracy.RESULTS / "motion_accuracy.json").read_text())
+    assert {key_of(record) for record in stored["runs"]} <= asked
+    assert any("colours" not in record["task"] and "trained" not in record for record in stored["runs"])
+    assert motion_accuracy.Settings(**stored["settings"]) == Settings()
+    plain = asdict(Run("keep-ratio", Task(camera=0.5), "rero", 0.3, seed=2))
+    key = key_of(plain)
+    del plain["task"]["colours"], plain["trained"], plain["steps"]
+    assert key_of(plain) == key
+    for changes in ({"trained": ALL}, {"steps": 7}, {"task": {**plain["task"], "colours": 8}}):
+        assert key_of(plain | changes) != key
 
 
 _WINDOWS = {1.3: 20, 1.5: 24, 1.8: 28, 2.0: 32}  # 2·⌊8·α⌋ frames
@@ -219,10 +279,34 @@ def test_accuracy_is_the_share_of_right_answers(count):
 
     batches = SimpleNamespace(labels=labels, clips=labels, take=take)
     model = Oracle(labels).train()
-    assert accuracy(model, batches) == pytest.approx((count - math.ceil(count / 3)) / count)
+    assert accuracies(model, batches) == pytest.approx([(count - math.ceil(count / 3)) / count])
     assert model.training
     assert set(model.modes) == {(False, False)}
     assert set(turns) == {0}
+
+
+def test_two_labels_are_two_heads_of_one_model():
+    logits = torch.tensor([[0.0] * 8 + [3.0, 0.0, 0.0], [5.0] + [0.0] * 10])
+    labels = torch.tensor([[7, 0], [0, 1]])
+    losses = [nn.functional.cross_entropy(*head).item() for head in motion_accuracy.heads(logits, labels)]
+    # By hand: −log of 1/8 and e⁵/(e⁵ + 7), then of e³/(e³ + 2) and 1/3.
+    assert losses[0] == pytest.approx((math.log(8) + math.log1p(7 * math.exp(-5))) / 2, rel=1e-5)
+    assert losses[1] == pytest.approx((math.log1p(2 * math.exp(-3)) + math.log(3)) / 2, rel=1e-5)
+    assert motion_accuracy.loss_of(logits, labels).item() == pytest.approx(
+        losses[0] + motion_accuracy.COLOUR_WEIGHT * losses[1]
+    )
+    whole = nn.functional.cross_entropy(logits[:, :8], labels[:, 0]).item()
+    assert motion_accuracy.loss_of(logits[:, :8], labels[:, 0]).item() == whole
+    assert [
+        nn.functional.cross_entropy(*head).item() for head in motion_accuracy.heads(logits[:, :8], labels[:, 0])
+    ] == [whole]
+
+    batches = SimpleNamespace(labels=labels, clips=labels, take=lambda index: (index, labels[index]))
+    model = nn.Module()
+    model.forward = lambda index: SimpleNamespace(logits=logits[index])
+    assert accuracies(model, batches) == [0.5, 0.5]  # the first clip's colour, the second's direction
+    config = motion_accuracy.config_of(Run("", replace(Task(), colours=5), ALL), Settings())
+    assert config.num_labels == 8 + 5
 
 
 class Shades:
@@ -258,7 +342,7 @@ def test_fit_learns_a_toy_at_a_rate_that_warms_up_and_decays(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", Recorder)
     model, settings = toy()
-    assert accuracy(model, Shades()) < 0.5
+    assert accuracies(model, Shades())[0] < 0.5
     batches, looks = Shades(), []
     assert fit(model, batches, 200, 40, 0, settings, looks.append) < 0.3 < math.log(8)
     assert looks == [40, 80, 120, 160, 200]
@@ -268,7 +352,7 @@ def test_fit_learns_a_toy_at_a_rate_that_warms_up_and_decays(monkeypatch):
     assert len(batches.asked) == 200 * 16
     assert set(batches.asked) == set(range(40))  # the first clips, all of them
     assert set(batches.turns) == set(range(8))
-    assert accuracy(model, Shades()) > 0.95
+    assert accuracies(model, Shades())[0] > 0.95
 
 
 def test_fit_does_the_same_with_the_same_seed():
@@ -282,12 +366,34 @@ def test_fit_does_the_same_with_the_same_seed():
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_fit_draws_a_keep_ratio_each_step_by_the_seed_alone():
+    drawn, asked = {}, {}
+    for seed, ratios in ((0, ()), (0, (0.2, 0.6, 1.0)), (1, (0.2, 0.6, 1.0)), (0, (0.5, 0.7, 0.9))):
+        model, settings = toy()
+        selector = SimpleNamespace(keep_ratio=None)
+        model.everest = SimpleNamespace(selector=selector)
+        seen = drawn[seed, ratios] = []
+        model.register_forward_pre_hook(lambda *_, selector=selector, seen=seen: seen.append(selector.keep_ratio))
+        batches = Shades()
+        fit(model, batches, 60, 40, seed, settings, keep_ratios=ratios)
+        asked[seed, ratios] = batches.asked, batches.turns
+    assert drawn[0, ()] == [None] * 60
+    zero = drawn[0, (0.2, 0.6, 1.0)]
+    assert len(zero) == 60
+    counts = Counter(zero)
+    assert set(counts) == {0.2, 0.6, 1.0}
+    assert min(counts.values()) >= 8  # 20 − 3.3 standard deviations of 3.65
+    assert zero != drawn[1, (0.2, 0.6, 1.0)]
+    assert [{0.2: 0.5, 0.6: 0.7, 1.0: 0.9}[ratio] for ratio in zero] == drawn[0, (0.5, 0.7, 0.9)]
+    assert asked[0, ()] == asked[0, (0.2, 0.6, 1.0)]  # the clips are those of every other training
+
+
 @pytest.fixture
 def fits(monkeypatch):
     """What `train` trains, in order, with every weight of the model changed in the place of a training."""
     seen = []
 
-    def fake(model, batches, steps, clips, seed, settings, look=None):
+    def fake(model, batches, steps, clips, seed, settings, look=None, keep_ratios=()):
         begin = {name: value.clone() for name, value in model.state_dict().items()}
         with torch.no_grad():
             for parameter in model.parameters():
@@ -375,6 +481,44 @@ def test_methods_differ_in_the_selector_alone(fits):
     assert all(torch.equal(value, fits[-1].begin[name]) for name, value in first.begin.items())
     train(Run("", Task(), ALL, seed=3), PHASES, CPU)
     assert not torch.equal(fits[-1].begin["classifier.weight"], first.begin["classifier.weight"])
+
+
+def test_one_training_is_tested_with_every_selector(fits):
+    """As each would be alone, whatever was tested before it."""
+    runs = [replace(run, seed=2) for run in EXPERIMENTS["appearance-at-test"] if run.keep_ratio in (None, 0.2)]
+    records = motion_accuracy.train(runs[::-1], PHASES, CPU)
+    assert len(fits) == 1
+    assert fits[0].seed == 2
+    assert fits[0].model.config.num_labels == 8 + COLOURED.colours
+    assert {key_of(record) for record in records} == {key_of(asdict(run)) for run in runs}
+    whole, *others = records
+    assert (whole["method"], whole["trained"], whole["kept"]) == (ALL, None, 128)
+    assert whole["curve"] == [[11, whole["accuracy"], whole["colour_accuracy"]]]
+    kept = {record["method"]: record["kept"] for record in others}
+    assert kept == {"rero": 25, "rero first": 25, "rero middle": 25, "random": 25, "tube": 8 * (16 - 12)}
+    assert whole["gflops"] > max(record["gflops"] for record in others)
+    for record in others:
+        run = next(run for run in runs if run.method == record["method"])
+        (alone,) = motion_accuracy.train([run], PHASES, CPU)
+        assert {**alone, "seconds": 0} == {**record, "seconds": 0}
+        assert is_patched(fits[-1].model)
+        assert fits[-1].model.everest.selector.keep_ratio == 0.2
+    for state in (one.end for one in fits):
+        assert all(torch.equal(value, state[name]) for name, value in fits[0].end.items())  # trained on all tokens
+
+
+def test_drawn_ratios_train_one_model_of_a_method(fits):
+    runs = [run for run in EXPERIMENTS["one-checkpoint"] if (run.method, run.trained) == ("rero first", DRAWN)]
+    records = motion_accuracy.train(runs, PHASES, CPU)
+    (one,) = fits
+    assert one.keep_ratios == (0.2, 0.3, 0.45, 0.6, 1.0)
+    assert one.look is None  # the model has another ratio in each step
+    assert one.model.everest.selector.anchor == "first"
+    assert [record["kept"] for record in records] == [25, 38, 57, 76, 128]
+    assert {record["trained"] for record in records} == {DRAWN}
+    (plain,) = motion_accuracy.train([replace(runs[0], trained=None)], PHASES, CPU)
+    assert fits[-1].keep_ratios == ()
+    assert plain["colour_accuracy"] is not None
 
 
 def test_the_frame_sampler_takes_its_candidates_from_the_window(fits):
@@ -503,13 +647,36 @@ def test_a_run_goes_on_where_it_was_and_prints_means_over_seeds(tmp_path, capsys
 
 
 @pytest.mark.usefixtures("one_process")
+def test_a_file_from_before_there_were_colours_goes_on(tmp_path, monkeypatch):
+    """And what is tested with many selectors is trained once."""
+    out = tmp_path / "motion.json"
+    run_main(out, "--experiments", "frames", "--seeds", "1")
+    document = json.loads(out.read_text())
+    for record in document["runs"]:
+        del record["task"]["colours"], record["trained"], record["colour_accuracy"]
+    out.write_text(json.dumps(document))
+    genuine, jobs = motion_accuracy.train, []
+
+    def recorded(runs, settings, device):
+        jobs.append(runs)
+        return genuine(runs, settings, device)
+
+    monkeypatch.setattr(motion_accuracy, "train", recorded)
+    after = run_main(out, "--experiments", "frames", "appearance-at-test", "--methods", "rero", "tube", "--seeds", "1")
+    assert after["runs"][:2] == document["runs"]
+    assert [len(runs) for runs in jobs] == [6]
+    assert len(after["runs"]) == 2 + 6
+    assert all((record["colour_accuracy"] * 16).is_integer() for record in after["runs"][2:])
+
+
+@pytest.mark.usefixtures("one_process")
 def test_what_stands_in_the_file_survives_a_run_that_breaks_down(tmp_path, monkeypatch):
     out, genuine = tmp_path / "motion.json", motion_accuracy.train
 
-    def breaks(run, settings, device):
-        if run.task.frames == 24:
+    def breaks(runs, settings, device):
+        if runs[0].task.frames == 24:
             raise KeyboardInterrupt
-        return genuine(run, settings, device)
+        return genuine(runs, settings, device)
 
     monkeypatch.setattr(motion_accuracy, "train", breaks)
     with pytest.raises(KeyboardInterrupt):

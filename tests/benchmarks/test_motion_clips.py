@@ -6,6 +6,8 @@ that a clip shows exactly where each of its pixels comes from.
 
 from __future__ import annotations
 
+import colorsys
+import hashlib
 import math
 from dataclasses import replace
 
@@ -206,6 +208,57 @@ def test_the_cameras_direction_says_nothing_of_the_label():
     table = torch.zeros(8, 8, dtype=torch.int64).index_put_((labels, octant), torch.ones_like(labels), accumulate=True)
     assert chi2_contingency(table.numpy()).pvalue > 1e-3
     assert chisquare(table.sum(dim=1).numpy()).pvalue > 1e-3  # labels are uniform
+
+
+def test_the_tint_of_the_resting_disc_is_its_label():
+    """On flat photographs nothing but the tint can be seen: where it is, the resting disc is."""
+    task = replace(CLEAN, colours=8)
+    clips, labels = make_clips(task, flat(128), 1000, seeded(17))
+    assert labels.shape == (1000, 2)
+    tinted = (clips != 128).any(dim=2)  # (n, T, S, S)
+    whole = tinted.any(dim=1)
+    expected = discs(centres(whole).round(), task.size, task.radius)
+    seen = whole.flatten(1).sum(1) == expected.flatten(1).sum(1)
+    assert seen.sum() > 900  # in the rest, the object hides a part of it all the time
+    assert torch.equal(whole[seen], expected[seen])
+    # At rest: a pixel is tinted in every frame in which the object, untinted, doesn't hide it, and of one colour.
+    assert torch.equal(clips.mode(dim=1).values.ne(128).any(dim=1)[seen], whole[seen])
+    hidden = (whole[:, None] & ~tinted).flatten(2).any(dim=2)
+    assert hidden.any(dim=1).float().mean() > 0.2
+    for clip, mask, (_, colour) in zip(clips, tinted, labels.tolist(), strict=True):
+        (pixel,) = clip.permute(0, 2, 3, 1)[mask].unique(dim=0).tolist()
+        pure = [255 * value for value in colorsys.hsv_to_rgb(colour / 8, 1, 1)]
+        share = [(value - 128) / (hue - 128) for value, hue in zip(pixel, pure, strict=True) if abs(hue - 128) > 50]
+        assert share == pytest.approx([motion_clips.TINT] * len(share), abs=0.5 / 50)
+        assert 8 * colorsys.rgb_to_hsv(*pixel)[0] % 8 == pytest.approx(colour, abs=0.1)
+    table = torch.zeros(8, 8, dtype=torch.int64).index_put_(tuple(labels.T), torch.tensor(1), accumulate=True)
+    assert chi2_contingency(table.numpy()).pvalue > 1e-3  # says nothing of the direction
+    assert chisquare(table.sum(dim=0).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_a_turned_disc_has_its_colour(turn):
+    clips, labels = make_clips(replace(CLEAN, colours=6), flat(128), 60, seeded(18))
+    seen, new = turned(clips, labels, turn)
+    assert torch.equal(new[:, 0], turned(clips, labels[:, 0], turn)[1])
+    assert torch.equal(new[:, 1], labels[:, 1])
+    for clip, (_, colour) in zip(seen, new.tolist(), strict=True):
+        pixels = clip.permute(0, 2, 3, 1)
+        pixel = pixels[(pixels != 128).any(dim=-1)][0].tolist()
+        assert 6 * colorsys.rgb_to_hsv(*pixel)[0] % 6 == pytest.approx(colour, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        (CLEAN, "0f616a355d4ae548"),
+        (replace(CLEAN, camera=1.5, frames=20, action=0.5), "6bbe40904d76f377"),
+    ],
+)
+def test_clips_without_colours_are_those_that_were_measured(task, digest):
+    """To the bit: the digests are of the clips before there were colours, with which the results were made."""
+    clips, labels = make_clips(task, charts(), 200, seeded(3))
+    assert hashlib.sha256(clips.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16] == digest
 
 
 def test_no_photograph_both_trains_and_tests():

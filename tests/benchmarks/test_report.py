@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import figures
@@ -17,7 +17,7 @@ from documents import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from motion_accuracy import Settings
-from motion_runs import EXPERIMENTS, chosen_runs, key_of
+from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, LARGE, Run, chosen_runs, key_of
 from pages import documents, on_gpu, rows_of
 from PIL import Image
 from step_rows import mark_cases
@@ -300,6 +300,7 @@ def motion_records() -> list[dict]:
         record = asdict(run) | {"tokens": 128, "kept": kept, "gflops": 0.001 * kept}
         number = numbers.setdefault(key_of({**record, "seed": None}), len(numbers))
         accuracy = 0.5 + number / 1000 + 0.01 * run.seed
+        record |= {"colour_accuracy": 0.9 - number / 1000 if run.task.colours else None}
         records.append(record | {"accuracy": accuracy, "curve": [[500, accuracy / 2], [1000, accuracy]]})
     return records
 
@@ -345,10 +346,86 @@ def test_motion_tables_hold_the_right_runs(motion):
     noisy = [r for r in records if r["task"]["noise"] == 64.0]
     assert line_of(text, "noise", "| 64 |", "all tokens")[3] == mean_of(noisy, method="all tokens")
     assert "| 4 | all tokens |" not in text  # the task as it is stands in the first table already
-    longer = [r for r in records if r["steps"] is not None]
+    longer = [r for r in records if r["steps"] == 4000]
     assert line_of(text, "| 4000 |", "tube")[3] == mean_of(longer, method="tube")
     assert "| EVEREST (ReRo) | 0.05 | 6/128 | 6.00 | 25.0% (25.0%–25.0%) |" in other
     assert other.startswith(" (H)")
+
+
+def still_record(method: str, ratio: float | None, motion: float, colour: float, trained=None, **more) -> dict:
+    run = Run("", COLOURED, method, ratio, trained=trained, **more)
+    kept = 128 if ratio is None else int(128 * ratio)
+    record = asdict(run) | {"tokens": 128, "kept": kept, "gflops": 0.001 * kept, "curve": [[1000, motion, colour]]}
+    return record | {"accuracy": motion, "colour_accuracy": colour}
+
+
+def test_what_never_moves_one_checkpoint_and_the_camera_from_records_by_hand(tmp_path):
+    """Two seeds of some; of the rest a dash. A file without them has none of these sections."""
+    records = [
+        still_record(ALL, None, 0.80, 0.875),
+        still_record(ALL, None, 0.82, 0.925, seed=1),
+        still_record("rero", 0.2, 0.9, 0.5),
+        still_record("rero", 0.2, 0.8, 0.7, seed=1),
+        still_record("rero", 0.2, 0.75, 0.6, ALL),
+        still_record("rero first", 0.2, 0.77, 0.85, ALL),
+        still_record("rero", 0.2, 0.71, 0.61, DRAWN),
+        still_record("rero", 1.0, 0.72, 0.62, DRAWN),
+    ]
+    large = asdict(Run("", replace(LARGE, camera=1.5), "rero", 0.15, steps=400)) | {
+        "tokens": 512,
+        "kept": 76,
+        "gflops": 0.1,
+    }
+    large |= {"colour_accuracy": None, "curve": []}
+    records += [large | {"accuracy": 0.4}, large | {"method": "rero compensated", "accuracy": 0.6}]
+    settings = {"patch": 12, "batch_size": 32, "steps": Settings.steps}
+    text = page(tmp_path, motion_accuracy={"settings": settings, "runs": records})
+    moving, rest = text.split("### What never moves")[1].split("### One checkpoint")
+    checkpoint, camera = rest.split("### A moving camera, frames of 96 pixels")
+    assert "Chance is 12.5% for the motion and" in moving
+    whole = ["81.0% (80.0%–82.0%)", "90.0% (87.5%–92.5%)"]
+    assert line_of(moving, "| all tokens |") == ["all tokens", "–", "128/128", *whole, "–", "–"]
+    both = ["85.0% (80.0%–90.0%)", "60.0% (50.0%–70.0%)"]
+    assert line_of(moving, "| EVEREST (ReRo) |")[1:] == ["0.20", "25/128", *both, "75.0%", "60.0%"]
+    assert line_of(moving, "first step whole")[1:] == ["0.20", "25/128", "–", "–", "77.0%", "85.0%"]
+    assert "0.2, 0.3, 0.45, 0.6, 1 in each step" in checkpoint
+    assert line_of(checkpoint, "| 0.20 |")[2:] == ["25/128", "71.0%", "61.0%", *both]
+    assert line_of(checkpoint, "| 1.00 |")[2:] == ["128/128", "72.0%", "62.0%", *whole]
+    assert "400 steps of training; 76 of 512 tokens" in camera
+    assert "With more steps" not in text
+    assert line_of(camera, "| 1.5 |") == ["1.5", "40.0%", "60.0%"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        f"motion-{what}.png" for what in ("appearance-at-test", "appearance", "clips")
+    ]
+    old = [record for record in motion_records() if record["experiment"] == "keep-ratio"]
+    for record in old:  # as it was before there were colours
+        del record["task"]["colours"], record["trained"], record["colour_accuracy"]
+    text = page(tmp_path, motion_accuracy={"settings": settings, "runs": old})
+    assert "### Accuracy against GFLOPs" in text
+    assert not any(title in text for title in ("never moves", "One checkpoint", "moving camera"))
+
+
+def test_the_appearance_figure_has_a_line_a_selector_and_the_level_of_all_tokens():
+    rows = [
+        still_record("rero", 0.6, 0.9, 0.8),
+        still_record("rero", 0.2, 0.8, 0.3),
+        still_record("rero", 0.2, 0.6, 0.5, seed=1),
+        still_record("rero middle", 0.2, 0.7, 0.85),
+    ]
+    whole = [still_record(ALL, None, 0.75, 0.95)]
+    groups = {"rero": rows[:3], "rero middle": rows[3:]}
+    figure = figures.appearance(groups, whole, (0.125, 0.2), "Testing device")
+    texts = check_texts(figure)
+    assert "Testing device" in texts
+    for axes, (ys, middle, level, chance) in zip(
+        figure.axes, (([70, 90], [70], 75, 12.5), ([40, 80], [85], 95, 20)), strict=True
+    ):
+        first, second, all_tokens, guess = axes.lines
+        assert list(first.get_xdata()) == [0.2, 0.6]
+        assert list(first.get_ydata()) == pytest.approx(ys)
+        assert list(second.get_ydata()) == pytest.approx(middle)
+        assert all_tokens.get_ydata() == pytest.approx([level] * 2)
+        assert guess.get_ydata() == pytest.approx([chance] * 2)
 
 
 def test_every_accuracy_of_the_paper_is_marked(motion):
@@ -361,7 +438,8 @@ def test_every_accuracy_of_the_paper_is_marked(motion):
 
 def test_every_figure_is_linked_named_and_whole(motion):
     folder, first, second = motion
-    names = [f"motion-{what}{suffix}.png" for what in ("accuracy", "clips", "failures") for suffix in ("", "-cuda")]
+    whats = ("accuracy", "appearance", "appearance-at-test", "clips", "failures")
+    names = [f"motion-{what}{suffix}.png" for what in whats for suffix in ("", "-cuda")]
     assert sorted(path.name for path in (folder / "figures").iterdir()) == sorted(names)
     for name in names:
         assert f"](figures/{name})" in (second if "cuda" in name else first)
