@@ -81,23 +81,22 @@ def _estimated(later: Tensor, earlier: Tensor) -> Tensor:
     contrast = (later - later.mean(dim=(2, 3), keepdim=True)).square().mean(dim=(2, 3), keepdim=True).sqrt()
     limit = _TRUNCATED * contrast
     halves = functional.avg_pool2d(later, 2), functional.avg_pool2d(earlier, 2)
-    rest = _identity(later).expand(later.shape[0], -1, -1)
 
     def refined(motion: Tensor, kind: str) -> Tensor:
         coarse, fine = _STEPS[kind]
         return _aligned(later, earlier, _aligned(*halves, motion, coarse, kind), fine, kind)
 
-    def better(motion: Tensor, simpler: Tensor) -> Tensor:
-        """The motion where it explains enough more than the simpler one of what both frames show, else that."""
+    def better(motion: Tensor, simpler: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The motion where it explains enough more than the simpler one, else that; what it makes of the earlier."""
         moved, inside = _sample(earlier, motion)
-        kept = _sample(earlier, simpler)[0]
-        left, before = (((shown - later).abs().minimum(limit) * inside).sum(dim=(1, 2, 3)) for shown in (moved, kept))
+        left, most = (((shown - later).abs().minimum(limit) * inside).sum(dim=(1, 2, 3)) for shown in (moved, before))
         near = (motion[:, :, 2].abs() <= 2 * FARTHEST).all(dim=1) & (inside.float().mean(dim=(1, 2, 3)) > 0.5)
-        return torch.where(((left < NEEDED * before) & near).view(-1, 1, 1), motion, simpler)
+        chosen = ((left < NEEDED * most) & near).view(-1, 1, 1)
+        return torch.where(chosen, motion, simpler), torch.where(chosen.unsqueeze(3), moved, before)
 
-    shift = refined(_searched(*halves, limit), "translation")
-    motion = better(shift, rest)
-    return better(refined(motion, "affine"), motion)
+    rest = _identity(later).expand(later.shape[0], -1, -1)
+    motion, moved = better(refined(_searched(*halves, limit), "translation"), rest, earlier)
+    return better(refined(motion, "affine"), motion, moved)[0]
 
 
 def _pairs(clips: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -138,39 +137,36 @@ def _aligned(later: Tensor, earlier: Tensor, motion: Tensor, steps: int, kind: s
     around = functional.pad(later, (1, 1, 1, 1), mode="replicate")
     across = (around[:, :, 1:-1, 2:] - around[:, :, 1:-1, :-2]) * (width / 4)  # a pixel is 2 / width wide
     down = (around[:, :, 2:, 1:-1] - around[:, :, :-2, 1:-1]) * (height / 4)
-    x, y = _centres(width, later), _centres(height, later)
+    x, y = _centres(width, later), _centres(height, later).unsqueeze(1)
     one = later.new_ones(1, height, width)
-    basis = torch.cat([x.expand_as(one), y.unsqueeze(1).expand_as(one), one]) if kind == "affine" else one
+    basis = torch.cat([x * one, y * one, one]) if kind == "affine" else one
     slopes = torch.cat([across * basis, down * basis], dim=1).flatten(2)  # (P, 6 or 2, h·w)
-    steep = (across.square() + down.square()).flatten(1)  # (P, h·w)
-    steep = steep + 0.2 * steep.mean(dim=1, keepdim=True) + 1e-12
-    ridge = torch.eye(slopes.shape[1], device=later.device)
+    steep = across.square() + down.square()
+    flat = 1 / (steep + 0.2 * steep.mean(dim=(2, 3), keepdim=True) + 1e-12)
     for _ in range(steps):
-        moved, inside = _sample(earlier, motion)
-        off = (moved - later).flatten(1)
-        inside = inside.flatten(1).float()
-        far = off.square() / steep  # squared distance that a pixel is from moving along
-        usual = (far.sqrt() * inside).sum(dim=1, keepdim=True) / inside.sum(dim=1, keepdim=True).clamp_min(1)
-        votes = slopes * (inside / steep / (1 + far / (usual.square() + 1e-12)).square()).unsqueeze(1)
+        moved, inside = _sample(earlier, motion, (x, y))
+        off = moved - later
+        far = off.square() * flat  # squared distance that a pixel is from moving along
+        usual = (far.sqrt() * inside).sum(dim=(2, 3), keepdim=True) / (inside.sum(dim=(2, 3), keepdim=True) + 1)
+        usual = usual.square() + 1e-12
+        votes = slopes * (inside * flat * (usual / (usual + far)).square()).flatten(2)
         normal = votes @ slopes.mT  # (P, 6, 6)
-        damping = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(dim=1) + 1e-6
-        delta = torch.linalg.solve_ex(normal + damping[:, None, None] * ridge, votes @ off.unsqueeze(2))[0]
-        delta = delta.unflatten(1, (2, -1)).flatten(2)
-        back = _identity(later) - (delta if kind == "affine" else functional.pad(delta, (2, 0)))
-        motion = torch.cat([motion[:, :, :2] @ back[:, :, :2], motion[:, :, :2] @ back[:, :, 2:] + motion[:, :, 2:]], 2)
+        normal.diagonal(dim1=1, dim2=2).mul_(1 + 1e-4).add_(1e-6)
+        delta = torch.linalg.solve_ex(normal, votes @ off.flatten(2).mT)[0].unflatten(1, (2, -1)).flatten(2)
+        delta = delta if kind == "affine" else functional.pad(delta, (2, 0))
+        motion = torch.baddbmm(motion, motion[:, :, :2], delta, alpha=-1)  # after the inverse of a small motion
     return motion
 
 
-def _sample(frames: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+def _sample(frames: Tensor, motion: Tensor, centres: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Frames (P, C, h, w) where a motion (P, 2, 3) leads each place, and whether that lies inside, (P, 1, h, w)."""
     height, width = frames.shape[-2:]
-    x, y = _centres(width, motion), _centres(height, motion).unsqueeze(1)
-    (to_x, to_y), edge = motion[..., None, None].unbind(1), 1e-4  # (P, 3, 1, 1) each
-    at_x = to_x[:, 0] * x + (to_x[:, 1] * y + to_x[:, 2])  # (P, h, w); `affine_grid` takes a slow product for it
-    at_y = to_y[:, 0] * x + (to_y[:, 1] * y + to_y[:, 2])
-    places = torch.stack([at_x, at_y], dim=3)
-    moved = functional.grid_sample(frames, places, padding_mode="border", align_corners=False)
-    inside = (at_x.abs() <= 1 - 1 / width + edge) & (at_y.abs() <= 1 - 1 / height + edge)
+    x, y = centres or (_centres(width, motion), _centres(height, motion).unsqueeze(1))
+    along_x, along_y, shift = motion[..., None, None].unbind(2)  # (P, 2, 1, 1) each
+    places = along_x * x + (along_y * y + shift)  # (P, 2, h, w); `affine_grid` takes a slow product for it
+    moved = functional.grid_sample(frames, places.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    beside, below = places.abs().unbind(1)
+    inside = (beside <= 1 - 1 / width + 1e-4) & (below <= 1 - 1 / height + 1e-4)
     return moved, inside.unsqueeze(1)
 
 
