@@ -74,6 +74,7 @@ class TokenSelector(nn.Module):
     """
 
     random: ClassVar[bool] = False  # whether forward draws, and so takes `generator=`
+    takes_frames: ClassVar[bool] = False  # whether it goes by pixels, and so takes `frames=`
     # ρ_pre of the paper
     keep_ratio = static_number("keep_ratio", "a number in (0, 1]", lambda ratio: 0 < ratio <= 1)
 
