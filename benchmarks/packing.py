@@ -63,7 +63,7 @@ def measure(
     lengths = chosen["packed"].lengths.tolist()
     run: dict[str, Any] = {"model": type(plain).__name__, "lengths": lengths}
     means = [chosen["uniform"].visible.shape[1]] * batch
-    run["flops_ratio"] = products(models["packed"], lengths) / products(models["uniform"], means)
+    run["flops_ratio"] = products(models["packed"], lengths) / products(models["packed"], means)
     inputs: dict[str, dict[str, Any]] = {
         key: {"pixel_values": clips, "labels": labels, "token_selection": selection}
         for key, selection in chosen.items()

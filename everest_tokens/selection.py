@@ -30,8 +30,8 @@ class TokenSelection:
         steps: (B, t) int64, ascending: the candidate time step that each step of the grid was drawn from; None without
             a frame sampler.
         lengths: (B,) int64 on the CPU: how many tokens of each clip are kept, where that differs. Each row of `visible`
-            is then filled up with N, which is no position. The clips run packed, (1, ΣK, D); their tokens end at
-            `lengths.cumsum(0)`. None where V is the same for all.
+            is then filled up with N, which is no position. The clips run packed, (1, ΣK, D), a class token in front of
+            each where the model has one. None where V is the same for all.
     """
 
     visible: Tensor

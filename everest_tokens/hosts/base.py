@@ -125,8 +125,8 @@ class Host:
         self.packs(root, root.everest.selector)
 
     def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
-        """What one of `entries` gives of a packed batch, as what calls it takes it."""
-        return output
+        """What one of `entries` gives, as what calls it takes it where the batch is packed; None for as it is."""
+        return None
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         """What this kind needs beyond swapped classes, before they are swapped."""

@@ -122,9 +122,9 @@ def _close(module: Any, args: Any, output: Any) -> Any:
     innermost = _innermost()
     if innermost is not None and innermost.opened_by is module:
         innermost.__exit__()
-    if output is None or innermost is None or innermost.packing is None:
-        return None
-    return module.everest.host.unpack(module, output, innermost)
+    if output is not None and innermost is not None and innermost.policy is module.everest:
+        return module.everest.host.unpack(module, output, innermost)
+    return None
 
 
 def hook_forward(module: nn.Module) -> None:

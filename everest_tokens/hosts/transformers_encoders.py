@@ -127,8 +127,12 @@ class TransformersHost(Host):
         pooled: list[tuple[nn.Module, type[Patched]]] = [] if pooler is None else [(pooler, PackedPooler)]
         return [(blocks, PackedBlocks), *((block, PackedBlock) for block in inner), *pooled]
 
+    def is_ready(self, root: Any) -> bool:
+        """Whether a patched model attends within each clip."""
+        return root.config._attn_implementation == PACKED
+
     def check_packed(self, root: Any) -> None:
-        if root.config._attn_implementation != PACKED:
+        if not self.is_ready(root):
             self.packs(root, root.everest.selector)
             raise ValueError(
                 f"{type(root).__qualname__} attends by {root.config._attn_implementation!r}, which would mix packed"
@@ -138,16 +142,18 @@ class TransformersHost(Host):
     def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
         """In place of a backbone's tokens what its classifier pools them to: (B, 1, D), of each clip by itself."""
         root = module.everest.root
-        if module is root or module is not self.backbone(root) or hasattr(root, "pooler"):
-            return output
-        clips = output[0].split(current.packing.lengths, dim=1)  # type: ignore[union-attr]
+        inner = module is self.backbone(root) and current.opened_by is not module
+        if not inner or current.packing is None or hasattr(root, "pooler"):
+            return None
+        clips = output[0].split(current.packing.lengths, dim=1)
         mean = getattr(root, "fc_norm", None) is not None
         pooled = torch.cat([clip.mean(dim=1, keepdim=True) if mean else clip[:, :1] for clip in clips])
         return _with_first(output, pooled)
 
     def prepare_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs if len(args) < 2 else _called_with(module, args, kwargs)
-        if module.everest.packs and given.get("output_attentions", module.everest.root.config.output_attentions):
+        root = module.everest.root
+        if self.is_ready(root) and given.get("output_attentions", root.config.output_attentions):
             raise ValueError("output_attentions: clips that are packed attend by kernels that keep no weights")
         for name in self.refused:
             if given.get(name) is not None:
@@ -160,7 +166,7 @@ class TransformersHost(Host):
 
     def restore(self, root: Any, policy: SelectionPolicy, again: PatchOptions | None) -> None:
         """Put the model's own attention back."""
-        if root.config._attn_implementation == PACKED:
+        if self.is_ready(root):
             root.config._attn_implementation = policy.attention
 
 
@@ -231,7 +237,9 @@ class VJEPA2(TransformersHost):
 
     def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
         """`masked_hidden_state` is all that the encoder gives, as it is for whole clips."""
-        return output if module is not self.backbone(module.everest.root) else _with_first(output, output[0], output[0])
+        root = module.everest.root
+        own = module is self.backbone(root) and self.is_ready(root)
+        return _with_first(output, output[0], output[0]) if own else None
 
     def prepare_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError for the predictor too, before its encoder runs: it predicts by places in the whole clip."""
@@ -241,7 +249,8 @@ class VJEPA2(TransformersHost):
                 "the patched V-JEPA 2 runs its encoder alone, no predictor: call it with skip_predictor=True"
             )
         super().prepare_call(module, args, kwargs)
-        if module.everest.packs and module is self.backbone(module.everest.root):  # its own masks are of B rows
+        root = module.everest.root
+        if module is self.backbone(root) and self.is_ready(root):  # its own masks are of B rows
             kwargs["context_mask"] = kwargs["target_mask"] = [torch.zeros(1, 1, dtype=torch.int64, device="cpu")]
 
     def arguments(self, root: Any) -> dict[str, Any]:

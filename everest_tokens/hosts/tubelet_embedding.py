@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -67,15 +68,13 @@ def _packed(selection: TokenSelection, prefix: int) -> tuple[Tensor, Tensor, Pac
         Their positions among all clips' tokens and each in its own clip's grid, (1, ΣK) int64, and where clips end.
     """
     visible, lengths = selection.visible, selection.lengths.tolist()  # type: ignore[union-attr]
-    most, ends = visible.shape[1], [0]
-    for length in lengths:
-        ends.append(ends[-1] + length + prefix)
-    none = torch.arange(0, device="cpu")
-    places = [torch.arange(clip * most, clip * most + length, device="cpu") for clip, length in enumerate(lengths)]
-    place = torch.cat([none, *places]).to(visible.device)
+    most, none = visible.shape[1], torch.arange(0, device="cpu")
+    rows = [torch.arange(clip * most, clip * most + length, device="cpu") for clip, length in enumerate(lengths)]
+    place = torch.cat([none, *rows]).to(visible.device)
     positions = visible.flatten()[place].unsqueeze(0)
-    packing = Packing([length + prefix for length in lengths], torch.tensor(ends, dtype=torch.int32).to(visible.device))
-    return positions + place // max(most, 1) * math.prod(selection.grid), positions, packing
+    lengths = [length + prefix for length in lengths]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=visible.device)
+    return positions + place // max(most, 1) * math.prod(selection.grid), positions, Packing(lengths, ends)
 
 
 class TubeletEmbedding(Patched):

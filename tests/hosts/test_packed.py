@@ -107,6 +107,23 @@ class TestNumbers:
                 case.close(part, clip[layer], 1e-10)
 
     @classifiers
+    def test_the_backbone_alone_gives_packed_tokens(self, case):
+        """And V-JEPA 2 the same tokens as the context that it masks nothing of, packed or not."""
+        model, clips = patched(case), clips_of(case)
+        backbone = getattr(model, model.base_model_prefix)
+        arguments = {"skip_predictor": True} if case.name.startswith("VJEPA2") else {}
+        selection = et.select_tokens(model, clips)
+        total = int(selection.lengths.sum()) + 3 * case.prefix
+        for selector in (model.everest.selector, et.ReRoSelector(0.5)):
+            model.everest.selector = selector
+            for given, shape in ((selection, (1, total)), (case.selection(3), (3, case.tokens // 3 + case.prefix))):
+                output = backbone(clips, token_selection=given, **arguments)
+                assert output.last_hidden_state.shape[:2] == shape
+                if arguments:
+                    assert torch.equal(output.masked_hidden_state, output.last_hidden_state)
+                assert model(clips, token_selection=given).logits.shape == (3, 5)
+
+    @classifiers
     def test_a_loss_over_labels(self, case):
         model, clips, labels = patched(case), clips_of(case), torch.tensor([0, 3, 4])
         output = model(clips, labels=labels)
