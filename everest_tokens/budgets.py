@@ -22,11 +22,18 @@ class Budget(TokenSelector):
     Encoders alone take one, and in eager mode: the numbers of tokens have to be known before their shapes are.
     """
 
-    keep_ratio = None  # what stands here for a share of N says `num_kept`: as much as that, if need be
-
     def __init__(self) -> None:
         super(TokenSelector, self).__init__()
         self.settings: dict[str, Any] = {"name": type(self).__name__}
+
+    @property
+    def keep_ratio(self) -> Any:
+        """None: the share is the clip's own. Setting one is a ValueError."""
+        return None
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: Any) -> None:
+        raise ValueError(f"{self!r} keeps of each clip what it needs, no share of {value!r}: set another selector")
 
     def num_kept(self, grid: Grid) -> int:
         """M, the most that is kept of one clip of `grid`."""
@@ -98,7 +105,8 @@ class EnergyBudget(MeasuresChange, Budget):
         energy = (self.importance(tokens, grid, previous).double() - least).clamp(min=0).square()  # (B, N)
         order = stable_order(energy, descending=True)
         covered = energy.gather(1, order).cumsum(dim=1)
-        kept = (covered < self.cover * covered[:, -1:]).sum(dim=1, keepdim=True) + 1  # (B, 1)
+        enough = self.cover * (1 - 1e-12) * covered[:, -1:]  # for the decimal that cover was meant to be
+        kept = (covered < enough).sum(dim=1, keepdim=True) + 1  # (B, 1)
         rank = torch.arange(most, device=tokens.device)
         return order[:, :most].masked_fill(rank >= kept.clamp(self.min_tokens, most), total).sort(dim=1).values
 

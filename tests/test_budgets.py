@@ -122,6 +122,19 @@ class TestEnergyBudget:
         with pytest.raises(ValueError, match=message):
             et.EnergyBudget(**settings)
 
+    def test_cover_is_the_decimal_that_was_meant(self):
+        """Of 100 equal tokens 0.07 is 7, although 0.07 · 100 as floats is a little more; so are four others."""
+        grid, tokens = (25, 2, 2), torch.arange(25.0).repeat_interleave(4).view(1, 100, 1)
+        assert [share for share in range(1, 101) if share / 100 * 100 > share] == [7, 14, 28, 55, 56]
+        for share in (7, 14, 28, 50, 55, 56, 100):
+            assert rows(et.EnergyBudget(share / 100)(tokens, grid), 100) == [list(range(share))]
+
+    def test_it_has_no_keep_ratio(self):
+        budget = et.EnergyBudget()
+        assert budget.keep_ratio is None
+        with pytest.raises(ValueError, match=r"no share of 0\.3"):
+            budget.keep_ratio = 0.3
+
     def test_limits_that_do_not_fit_the_clip(self):
         for budget in (et.EnergyBudget(max_tokens=13), et.EnergyBudget(min_tokens=13)):
             with pytest.raises(ValueError, match=r"max_tokens ≤ 12, the tokens of grid \(3, 2, 2\)"):

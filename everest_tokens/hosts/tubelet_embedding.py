@@ -70,11 +70,12 @@ def _packed(selection: TokenSelection, prefix: int) -> tuple[Tensor, Tensor, Pac
     visible, lengths = selection.visible, selection.lengths.tolist()  # type: ignore[union-attr]
     most, none = visible.shape[1], torch.arange(0, device="cpu")
     rows = [torch.arange(clip * most, clip * most + length, device="cpu") for clip, length in enumerate(lengths)]
-    place = torch.cat([none, *rows]).to(visible.device)
+    place = torch.cat([none, *rows]).to(visible.device, non_blocking=True)
     positions = visible.flatten()[place].unsqueeze(0)
     lengths = [length + prefix for length in lengths]
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=visible.device)
-    return positions + place // max(most, 1) * math.prod(selection.grid), positions, Packing(lengths, ends)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+    packing = Packing(lengths, ends.to(visible.device, non_blocking=True))
+    return positions + place // max(most, 1) * math.prod(selection.grid), positions, packing
 
 
 class TubeletEmbedding(Patched):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from family_models import randomize
 from host_case import HostCase, counted_by_torch, gradients, unchanged, weighted
 from host_contract import CASES, hosts
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import VideoMAEForVideoClassification, VideoMAEPreTrainedModel
 
 import everest_tokens as et
@@ -166,6 +167,19 @@ class TestNumbers:
         for each in (model, plain):
             weighted(each.train()(clips).logits).backward()
         case.close_gradients(gradients(model), gradients(plain))
+
+    @classifiers
+    def test_lora(self, case):
+        peft = pytest.importorskip("peft")
+        model, clips = patched(case), clips_of(case)
+        expected = model(clips).logits
+        names = {name.rpartition(".")[2] for name in case.adapted}
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=sorted(names)))
+        torch.testing.assert_close(adapted(clips).logits, expected)  # adapters begin at zero
+        weighted(adapted.train()(clips).logits).backward()
+        trained = {name for name, value in adapted.named_parameters() if value.grad is not None}
+        assert trained
+        assert all("lora_" in name for name in trained)
 
     @classifiers
     def test_two_threads(self, case):
@@ -323,6 +337,30 @@ class TestRefusals:
         (case,) = (case for case in CASES if case.name == "VideoMAEForVideoClassification")
         model = Head(case.build(0))
         with unchanged(model), pytest.raises(TypeError, match="how Head pools"):
+            et.patch_videomae(model, energy)
+
+    def test_a_transformers_without_the_interface(self, monkeypatch):
+        (case,) = (case for case in CASES if case.name == "VideoMAEForVideoClassification")
+        monkeypatch.setitem(sys.modules, "everest_tokens.hosts.packing", None)  # which imports it
+        model = case.build(0)
+        with unchanged(model), pytest.raises(TypeError, match="AttentionInterface"):
+            et.patch_videomae(model, energy)
+
+    def test_attention_that_asks_nobody_is_noticed(self):
+        """A block whose attention is its own code would let clips see each other."""
+
+        class Own(nn.Module):
+            def __init__(self, attention: Any) -> None:
+                super().__init__()
+                self.attention = attention
+
+            def forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+                return tokens + tokens.mean(dim=1, keepdim=True)
+
+        (case,) = (case for case in CASES if case.name == "VideoMAEForVideoClassification")
+        model = case.build(0)
+        model.videomae.encoder.layer[1].attention = Own(model.videomae.encoder.layer[1].attention)
+        with unchanged(model), pytest.raises(TypeError, match="doesn't attend through transformers'"):
             et.patch_videomae(model, energy)
 
     def test_stochastic_depth_of_its_own(self):
