@@ -150,9 +150,6 @@ class TestNumbers:
             case.checkpointing(model)
         else:
             case.checkpoint_blocks(model, reentrant=how == "reentrant")
-        inputs = model.get_input_embeddings()
-        if how == "reentrant":  # needs an input with grad
-            assert inputs is not None
         one, other = losses()
         other.backward()
         one.backward()
