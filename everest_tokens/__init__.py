@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everest_tokens.budgets import EnergyBudget, RunLengthSelector
     from everest_tokens.checkpoints import load_videomae
     from everest_tokens.flops import FlopCount, count_flops
     from everest_tokens.frame_sampling import InfoFrameSampler
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EnergyBudget",
     "FlopCount",
     "InfoFrameSampler",
     "RandomSelector",
     "ReRoSelector",
+    "RunLengthSelector",
     "RunningCellSelector",
     "TokenSelection",
     "TubeSelector",
@@ -30,6 +33,7 @@ __all__ = [
 
 # Names load with their module when they are first used: nobody waits for transformers who only wants --help.
 _MODULES = {
+    **dict.fromkeys(("EnergyBudget", "RunLengthSelector"), "budgets"),
     "FlopCount": "flops",
     "InfoFrameSampler": "frame_sampling",
     "TokenSelection": "selection",

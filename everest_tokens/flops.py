@@ -10,9 +10,10 @@ from torch import nn
 
 from everest_tokens.dry_run import counting, on_meta
 from everest_tokens.hosts.running import forward_of
+from everest_tokens.importance import MeasuresChange
 from everest_tokens.patching import host_of, is_patched, patch_videomae, unwrap
 from everest_tokens.selection import TokenSelection
-from everest_tokens.selectors import RandomSelector, ReRoSelector, TubeSelector
+from everest_tokens.selectors import RandomSelector, TubeSelector
 
 # Where the parts lie in the hosts' models; all else is the encoder.
 _EMBEDDINGS = (
@@ -56,7 +57,8 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
 
     Args:
         model: a model that `patch_videomae` takes. Its forward hooks run, with tensors of the meta device.
-        num_visible: tokens that reach the encoder. Default: what the model's settings give; for an unpatched
+        num_visible: tokens that reach the encoder. Default: what the model's settings give, the most that a budget
+            for each clip (`EnergyBudget`) lets through; for an unpatched
             pre-training model VideoMAE's 90 % tube mask (160 of 1568), for another unpatched one all.
 
     Raises:
@@ -90,7 +92,7 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
         selection, selecting = current.selection, counter.get_total_flops() // 2
         given["token_selection"] = selection if num_visible is None else _with_visible(selection, num_visible)
         products = 0
-        if isinstance(policy.selector, ReRoSelector):
+        if isinstance(policy.selector, MeasuresChange):
             products = _PRODUCTS.get(policy.selector.settings["distance"], 0)
         pairs = sum(steps - 1 for steps in passes) * height * width
         compared = pairs * channels * products
@@ -120,4 +122,4 @@ def _with_visible(selection: TokenSelection, num_visible: int) -> TokenSelection
     if not isinstance(num_visible, int) or not 1 <= num_visible <= most:
         raise ValueError(f"num_visible must be in 1…{most} ({kept.shape[1]} tokens are kept), got {num_visible}")
     target = None if selection.target is None else kept[:, num_visible:]
-    return replace(selection, visible=kept[:, :num_visible], target=target)
+    return replace(selection, visible=kept[:, :num_visible], target=target, lengths=None)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everest_tokens.budgets import Budget, EnergyBudget, RunLengthSelector
 from everest_tokens.frame_sampling import InfoFrameSampler
+from everest_tokens.importance import MeasuresChange
 from everest_tokens.ranking import stable_order
 from everest_tokens.selection import (
     TokenSelection,
@@ -34,7 +36,10 @@ from everest_tokens.selectors import (
 )
 from everest_tokens.tubelets import Grid, gather_tokens
 
-_RECORDED = (ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector, InfoFrameSampler)
+_RECORDED = (
+    *(ReRoSelector, RandomSelector, TubeSelector, RunningCellSelector, EnergyBudget, RunLengthSelector),
+    InfoFrameSampler,
+)
 
 
 def _part(name: str) -> Any:
@@ -58,10 +63,16 @@ def _part(name: str) -> Any:
 
 def _check_part(policy: SelectionPolicy, value: Any, name: str) -> None:
     """Raise TypeError or ValueError for what can't be the policy's selector, visible or frame_sampler."""
+    if isinstance(value, Budget) and (name == "visible" or policy.task == "pretraining"):
+        raise ValueError(f"a decoder's batch needs equally many tokens of every clip, not {name}={value!r}")
     if name == "frame_sampler":
         if not isinstance(value, InfoFrameSampler):
             raise TypeError(f"frame_sampler must be an InfoFrameSampler or None, got {type(value).__name__}")
+        if policy.packs:
+            raise ValueError(f"{value!r} draws by how many tokens a fixed share keeps, not by {policy.selector!r}")
         return
+    if isinstance(value, Budget) and policy.frame_sampler is not None:
+        raise ValueError(f"{policy.frame_sampler!r} draws by how many tokens a fixed share keeps, not by {value!r}")
     if name == "visible" and policy.task != "pretraining":
         raise ValueError(f"visible= chooses among a pre-training model's tokens; got {value!r} for an encoder")
     if not callable(value) or isinstance(value, type):
@@ -95,6 +106,7 @@ class SelectionPolicy:
         settings: the same as plain JSON, always in step; this dict is `config.everest`.
         root, host: the patched model, and what knows its kind; None until it is patched.
         runs_without_clips: whether a forward over 0 clips runs, as patching found.
+        attention: the model's own attention implementation, where another stands in for it; else None.
 
     Args:
         selector: (tokens, grid) → kept (B, K); ρ_pre is its keep_ratio.
@@ -123,6 +135,8 @@ class SelectionPolicy:
         self._root: weakref.ref[nn.Module] | None = None
         self.host: Any = None
         self.runs_without_clips = False
+        self.attention: Any = None
+        self._frame_sampler: InfoFrameSampler | None = None
         self.selector = selector
         self.mask_ratio = mask_ratio
         self.visible = visible
@@ -142,7 +156,7 @@ class SelectionPolicy:
             }
             twin.__init__(self.task, mask_ratio=self.mask_ratio, **parts)  # type: ignore[misc]
             twin.root, twin.host = memo.get(id(self.root)), self.host
-            twin.runs_without_clips = self.runs_without_clips
+            twin.runs_without_clips, twin.attention = self.runs_without_clips, self.attention
             twin.settings.update({key: value for key, value in self.settings.items() if key not in twin.settings})
         return memo[id(self)]
 
@@ -166,12 +180,17 @@ class SelectionPolicy:
     def task(self) -> str:
         return self.settings["task"]
 
+    @property
+    def packs(self) -> bool:
+        """Whether each clip keeps its own number of tokens, so that a batch runs packed."""
+        return isinstance(self.selector, Budget)
+
     def num_candidates(self, num_steps: int) -> int:
         """How many time steps the model takes for a clip of `num_steps`: ⌊α·τ⌋ with a frame sampler, τ without."""
         return num_steps if self.frame_sampler is None else self.frame_sampler.num_candidates(num_steps)
 
     def share_kept(self) -> float:
-        """K / N of the clips that the model runs, by one of our selectors; its keep ratio where it has one."""
+        """K / N of the clips that the model runs, by one of our selectors, at most; its keep ratio where it has one."""
         grid = self.host.geometry(self.root).grid
         return self.selector.keep_ratio or self.selector.num_kept(grid) / math.prod(grid)
 
@@ -220,6 +239,7 @@ class SelectionPolicy:
         generator: torch.Generator | None = None,
         with_importance: bool = False,
         seen_before: Callable[[Tensor | None], Tensor] | None = None,
+        frames: Tensor | None = None,
     ) -> TokenSelection:
         """Select from the embeddings of one batch of clips.
 
@@ -231,6 +251,7 @@ class SelectionPolicy:
             with_importance: also report Eq. 2's importance.
             seen_before: gives `previous` of `ReRoSelector.importance`, (B, N, D), for the steps (B, τ) that are drawn,
                 or for all (None); asked where a selector compensates the camera's motion.
+            frames: (B, T, C, H, W), the clips' pixels, for a selector that goes by them.
         """
         tokens = tokens.detach()
         if not (compensates(self.selector) or compensates(self.visible)):
@@ -246,13 +267,18 @@ class SelectionPolicy:
             everything = torch.arange(math.prod(grid), device=tokens.device).expand(tokens.shape[0], -1)
             tokens = gather_tokens(tokens, source_positions(everything, steps, grid))
             previous = None if seen_before is None else seen_before(steps)
-        kept = run_selector(self.selector, tokens, grid, generator, previous)
+        kept, lengths = run_selector(self.selector, tokens, grid, generator, previous, frames), None
+        if self.packs:
+            lengths = torch.full(kept.shape[:1], kept.shape[1], device="cpu")  # without values: at most
+            if not kept.is_meta:  # waits for the device: shapes follow from these
+                lengths = (kept < math.prod(grid)).sum(dim=1).cpu()
+            kept = kept[:, : max(lengths.tolist(), default=0)]
         importance = None
-        if with_importance and isinstance(self.selector, ReRoSelector):
+        if with_importance and isinstance(self.selector, MeasuresChange):
             more = {"previous": previous} if compensates(self.selector) else {}
             importance = self.selector.importance(tokens, grid, **more)
         visible, target = self._split(kept, tokens, grid, generator, previous)
-        return TokenSelection(visible, target, grid, importance, steps)
+        return TokenSelection(visible, target, grid, importance, steps, lengths)
 
     def _telling(
         self,

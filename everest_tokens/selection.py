@@ -29,6 +29,9 @@ class TokenSelection:
         importance: (B, N) float32, I of Eq. 2, or None where the selector has none or nobody asked for it.
         steps: (B, t) int64, ascending: the candidate time step that each step of the grid was drawn from; None without
             a frame sampler.
+        lengths: (B,) int64 on the CPU: how many tokens of each clip are kept, where that differs. Each row of `visible`
+            is then filled up with N, which is no position. The clips run packed, (1, ΣK, D), a class token in front of
+            each where the model has one. None where V is the same for all.
     """
 
     visible: Tensor
@@ -36,6 +39,7 @@ class TokenSelection:
     grid: Grid
     importance: Tensor | None = None
     steps: Tensor | None = None
+    lengths: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:
@@ -50,7 +54,7 @@ class TokenSelection:
         return count_per_step(self.kept, self.grid)
 
 
-_TENSORS = ("visible", "target", "importance", "steps")
+_TENSORS = ("visible", "target", "importance", "steps", "lengths")
 
 
 def _flatten(selection: TokenSelection) -> tuple[list[Any], Grid]:
@@ -80,10 +84,10 @@ torch.serialization.add_safe_globals([TokenSelection])
 
 
 def count_per_step(kept: Tensor, grid: Grid) -> Tensor:
-    """c_i of §4.2: kept (B, K) → (B, t) int64."""
+    """c_i of §4.2: kept (B, K), which N may fill up, → (B, t) int64."""
     t, h, w = grid
-    counts = torch.zeros(kept.shape[0], t, dtype=torch.int64, device=kept.device)
-    return counts.scatter_add(1, kept // (h * w), torch.ones_like(kept))
+    counts = torch.zeros(kept.shape[0], t + 1, dtype=torch.int64, device=kept.device)
+    return counts.scatter_add(1, kept // (h * w), torch.ones_like(kept))[:, :t]
 
 
 def source_positions(positions: Tensor, steps: Tensor | None, grid: Grid) -> Tensor:
@@ -105,11 +109,13 @@ def run_selector(
     grid: Grid,
     generator: torch.Generator | None,
     previous: Tensor | None = None,
+    frames: Tensor | None = None,
 ) -> Tensor:
     """Run a selector, ours or a caller's: tokens (B, N, D) → kept (B, K), ascending.
 
     Args:
         previous: (B, N, D), for one that `compensates`.
+        frames: (B, T, C, H, W), for one of ours that `takes_frames`.
 
     Raises:
         ValueError: a caller's selector returns something else, as far as `has_values` lets one see.
@@ -117,6 +123,8 @@ def run_selector(
     if isinstance(selector, TokenSelector) and selector.random:
         return selector(tokens, grid, generator=generator)
     more: dict[str, Any] = {"previous": previous} if compensates(selector) else {}
+    if isinstance(selector, TokenSelector) and selector.takes_frames:
+        more["frames"] = frames
     kept = selector(tokens, grid, **more)
     if not isinstance(selector, TokenSelector):
         if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.shape[:-1] != tokens.shape[:1]:
@@ -157,9 +165,28 @@ def check_selection(selection: TokenSelection, grid: Grid, clips: int, task: str
         if not fits or index.dtype != torch.int64:
             expected = f"({clips}, {grid[0] if steps else '…'})"
             raise ValueError(f"token_selection.{name} must be int64 {expected}, got {index.dtype} {tuple(index.shape)}")
-        _check_positions(index, grid, f"token_selection.{name}", candidates if steps else None)
+        if selection.lengths is None:
+            _check_positions(index, grid, f"token_selection.{name}", candidates if steps else None)
+    if selection.lengths is not None:
+        _check_lengths(selection, selection.lengths, clips)
     if task == "pretraining" and has_values(selection.visible):
         _check_positions(selection.kept, grid, "token_selection.kept, visible and target together,")
+
+
+def _check_lengths(selection: TokenSelection, lengths: Tensor, clips: int) -> None:
+    """Raise ValueError where `lengths` don't say what the rows of `visible` hold."""
+    visible, total = selection.visible, math.prod(selection.grid)
+    if tuple(lengths.shape) != (clips,) or lengths.dtype != torch.int64 or selection.target is not None:
+        raise ValueError(
+            f"token_selection.lengths must be int64 ({clips},), without targets, got {lengths.dtype}"
+            f" {tuple(lengths.shape)}{'' if selection.target is None else ' and targets'}"
+        )
+    for length, row in zip(lengths.tolist(), visible, strict=True):
+        if not 1 <= length <= len(row) or (has_values(row) and not bool((row[length:] == total).all())):
+            raise ValueError(
+                f"token_selection.lengths must be in 1…{len(row)}, and {total} fill up rows of visible: got {length}"
+            )
+        _check_positions(row[None, :length], selection.grid, "token_selection.visible")
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from everest_tokens.distances import DISTANCES, Distance
+from everest_tokens.distances import Distance
+from everest_tokens.importance import MeasuresChange, check_grid
 from everest_tokens.ranking import stable_order
 from everest_tokens.tubelets import Grid
 
@@ -59,13 +59,6 @@ def static_number(
     return property(get, set_)
 
 
-def check_grid(tokens: Tensor, grid: Grid) -> None:
-    """Raise ValueError unless tokens are (B, t·h·w, D)."""
-    t, h, w = grid
-    if tokens.ndim != 3 or tokens.shape[1] != t * h * w:
-        raise ValueError(f"expected tokens (B, {t * h * w}, D) for grid {grid}, got {tuple(tokens.shape)}")
-
-
 def shuffled(batch: int, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """Independent random permutations of 0…count−1. Returns (batch, count) int64 on `device`."""
     if generator is None:
@@ -81,6 +74,7 @@ class TokenSelector(nn.Module):
     """
 
     random: ClassVar[bool] = False  # whether forward draws, and so takes `generator=`
+    takes_frames: ClassVar[bool] = False  # whether it goes by pixels, and so takes `frames=`
     # ρ_pre of the paper
     keep_ratio = static_number("keep_ratio", "a number in (0, 1]", lambda ratio: 0 < ratio <= 1)
 
@@ -103,7 +97,7 @@ class TokenSelector(nn.Module):
         return ", ".join(f"{key}={value!r}" for key, value in self.settings.items() if key != "name")
 
 
-class ReRoSelector(TokenSelector):
+class ReRoSelector(MeasuresChange, TokenSelector):
     """Redundancy-robust selection: the ⌊ρ_pre·N⌋ most changed tokens of the clip (Eq. 2).
 
     They are taken over the whole clip: a frame may keep all of its tokens or none. Ties go to the lower index, so that
@@ -154,25 +148,6 @@ class ReRoSelector(TokenSelector):
         self.camera = camera
 
     @property
-    def distance(self) -> str | Distance:
-        """S of Eq. 2: a name of `distances.DISTANCES`, or a callable."""
-        return self._callable or self.settings["distance"]
-
-    @distance.setter
-    def distance(self, value: str | Distance) -> None:
-        if not callable(value) and not (isinstance(value, str) and value in DISTANCES):
-            raise ValueError(f"distance must be one of {', '.join(DISTANCES)} or a callable, got {value!r}")
-        self._modules.pop("_callable", None)  # a module set earlier, which nothing but a module could replace
-        self._callable = value if callable(value) else None
-        self.settings["distance"] = "custom" if callable(value) else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "distance":  # nn.Module would take a module for a submodule before it looks for the property
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @property
     def descending(self) -> bool:
         """True keeps the most changed tokens, False the least changed."""
         return self.settings["descending"]
@@ -192,17 +167,6 @@ class ReRoSelector(TokenSelector):
             raise ValueError(f"anchor must be None, 'first' or 'middle', got {value!r}")
         self.settings["anchor"] = value
 
-    @property
-    def camera(self) -> str:
-        """Whether the camera's motion is taken out of the change: "ignore" or "compensate"."""
-        return self.settings["camera"]
-
-    @camera.setter
-    def camera(self, value: str) -> None:
-        if value not in ("ignore", "compensate"):
-            raise ValueError(f"camera must be 'ignore' or 'compensate', got {value!r}")
-        self.settings["camera"] = value
-
     def num_kept(self, grid: Grid) -> int:
         """K for one clip of `grid`. Raises ValueError where it is none, more than N, or no more than the anchor's."""
         count, area, total = self._count(grid), grid[1] * grid[2], math.prod(grid)
@@ -219,44 +183,6 @@ class ReRoSelector(TokenSelector):
 
     def _count(self, grid: Grid) -> int:
         return super()._count(grid) if self.keep_tokens is None else self.keep_tokens
-
-    @torch.no_grad()
-    def importance(self, tokens: Tensor, grid: Grid, previous: Tensor | None = None) -> Tensor:
-        """I of Eq. 2, in float32 under autocast too and without grad.
-
-        Tokens of the first time step have no predecessor and take the importance of the same place at the second.
-
-        Args:
-            tokens: (B, N, D), embeddings before the position embedding.
-            grid: (t, h, w) with t ≥ 2.
-            previous: (B, N, D), what each token is compared with: the embedding of what its place showed one step
-                earlier, the camera's motion undone. The first step's are not looked at. Without it the tokens
-                of the step before, k_{i−1,j} of Eq. 2.
-
-        Returns:
-            (B, N) float32, larger where more changed.
-
-        Raises:
-            ValueError: the tokens don't fit the grid, or it has fewer than two time steps, or `previous` isn't of the
-                tokens' shape.
-        """
-        check_grid(tokens, grid)
-        if previous is not None and previous.shape != tokens.shape:
-            raise ValueError(f"expected previous of the tokens' {tuple(tokens.shape)}, got {tuple(previous.shape)}")
-        t, h, w = grid
-        if t < 2:
-            raise ValueError(f"importance compares time steps: expected at least 2, got grid {grid}")
-        steps = tokens.detach().unflatten(1, (t, h * w))  # (B, t, h·w, D)
-        later = steps[:, 1:]
-        earlier = steps[:, :-1] if previous is None else previous.detach().unflatten(1, (t, h * w))[:, 1:]
-        if self._callable is None:
-            change = DISTANCES[self.settings["distance"]](later, earlier)  # (B, t - 1, h·w)
-        else:  # may hold products that autocast would lower; the meta device knows no autocast
-            with nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False):
-                change = self._callable(later.float(), earlier.float()).float()
-        if change.shape != later.shape[:-1]:
-            raise ValueError(f"distance must return {tuple(later.shape[:-1])}, got {tuple(change.shape)}")
-        return torch.cat([change[:, :1], change], dim=1).flatten(1)
 
     def forward(self, tokens: Tensor, grid: Grid, previous: Tensor | None = None) -> Tensor:
         """(B, N, D) → kept indices (B, K), int64, ascending. Raises as `importance` and `num_kept` do."""

@@ -45,9 +45,9 @@ class Part:
 
 def kept_map(selection: TokenSelection, clip: int = 0) -> Tensor:
     """Mark the kept tokens of one clip: (t, h, w) bool."""
-    marked = torch.zeros(math.prod(selection.grid), dtype=torch.bool)
+    marked = torch.zeros(math.prod(selection.grid) + 1, dtype=torch.bool)  # N fills up rows of other lengths
     marked[selection.kept[clip].cpu()] = True
-    return marked.view(selection.grid)
+    return marked[:-1].view(selection.grid)
 
 
 def kept_row(label: str, frames: Tensor, kept: Tensor) -> Row:

@@ -4,6 +4,8 @@ python examples/prepare.py ucf101|hmdb51|k400|ssv2|oscc ROOT OUT_DIR [--split 1]
 
 writes OUT_DIR/train.csv, val.csv and test.csv in the format that video_list.py reads, with paths relative to ROOT. Each
 data set has one held-out part with public labels that papers report on, so val.csv and test.csv list the same videos.
+With --count-tokens MODEL, a model that was saved with a budget for each clip (`EnergyBudget`), also train.tokens: how
+many tokens it keeps of the middle of each video, a line each, which token_budget.py makes batches by.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from layouts import DATASETS, LAYOUTS, MARK, Clip, file_names, foreign_file
 from tqdm import tqdm
-from video_list import Entry
+from video_list import Entry, read_list
 
 SHOWN = 5  # missing videos that a message names
 
@@ -135,6 +137,31 @@ def prepare(name: str, root: Path, out_dir: Path, *, split: int | None = None, a
     return "\n".join([*summary, f"the paths in them are relative to --data_root {root}"])
 
 
+def count_tokens_of(list_file: Path, root: Path, model: str, stride: int) -> str:
+    """Write how many tokens a saved model's budget keeps of each video of a list beside it, and return a summary.
+
+    Raises ValueError where the model can't be loaded or keeps equally many of every clip.
+    """
+    from clips import Sampling, TestViews
+    from token_budget import count_tokens, write_counts
+
+    from everest_tokens.commands import patched_model
+
+    loaded = patched_model(model)
+    if not loaded.everest.packs:
+        raise ValueError(f"{model}: {loaded.everest.selector!r} keeps equally many tokens of every clip")
+    views = TestViews(
+        read_list(list_file, root, labelled=False),
+        Sampling(loaded.config.num_frames, stride),
+        1,
+        1,
+        loaded.config.image_size,
+    )
+    counts, file = count_tokens(loaded, views), list_file.with_suffix(".tokens")
+    write_counts(counts, file)
+    return f"{file}: {min(counts)} to {max(counts)} tokens a clip, {sum(counts) / len(counts):.0f} on average"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status. Bad input ends in one line on standard error and status 2."""
     parser = argparse.ArgumentParser(
@@ -150,11 +177,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave annotated videos out whose file is missing (else an error)"
     )
+    parser.add_argument("--count-tokens", metavar="MODEL", help="a saved model whose budget's tokens are counted")
+    parser.add_argument("--stride", type=int, default=4, help="of the frames that are counted (default: 4)")
     options = parser.parse_args(arguments)
     try:
         summary = prepare(
             options.dataset, options.root, options.out_dir, split=options.split, allow_missing=options.allow_missing
         )
+        if options.count_tokens is not None:
+            counted = count_tokens_of(options.out_dir / "train.csv", options.root, options.count_tokens, options.stride)
+            summary = f"{summary}\n{counted}"
     except (ValueError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2

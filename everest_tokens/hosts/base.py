@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from everest_tokens.hosts.patched_class import Patched, patch_class, restore_class
-from everest_tokens.hosts.running import hook_forward, unhook_forward
+from everest_tokens.hosts.running import forward_of, hook_forward, unhook_forward
 from everest_tokens.hosts.stochastic_depth import restore_stochastic_depth, set_stochastic_depth
 from everest_tokens.hosts.tubelet_embedding import Geometry
 from everest_tokens.policy import LiveSettings, SelectionPolicy
@@ -37,12 +37,14 @@ class Host:
         options: the fields of `PatchOptions` that it knows beside `drop_path`.
         channels_first: whether its clips are (B, C, T, H, W), else (B, T, C, H, W).
         argument: what the model calls its clips, for messages.
+        prefix: how many tokens every clip has in front of the kept ones, where it can be packed.
     """
 
     patchable: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     channels_first: ClassVar[bool] = True
     argument: ClassVar[str] = "clips"
+    prefix: ClassVar[int] = 0
 
     def recognises(self, root: nn.Module) -> bool:
         """Whether `root` is of this kind, as far as a look tells."""
@@ -102,13 +104,34 @@ class Host:
         """What `forward` needs beside clips to run what the patched model runs, patched or not."""
         return {}
 
-    def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise ValueError where one of `entries` is called with what it can't do over the kept tokens."""
+    def prepare_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ValueError where one of `entries` is called with what it can't do over the kept tokens.
+
+        What else it needs is put into `kwargs`.
+        """
+
+    def packs(self, root: Any, selector: Any) -> list[tuple[nn.Module, type[Patched]]]:
+        """(module, mixin): what else must know where clips end whose numbers of tokens differ.
+
+        Raises TypeError or ValueError where this model can't run what such a selector keeps.
+        """
+        raise TypeError(
+            f"{type(root).__qualname__} can't run clips of different numbers of tokens, which {selector!r} keeps:"
+            " transformers' VideoMAE, V-JEPA 2 and ViViT can"
+        )
+
+    def check_packed(self, root: Any) -> None:
+        """Raise where a patched model can't run clips whose numbers of tokens differ."""
+        self.packs(root, root.everest.selector)
+
+    def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
+        """What one of `entries` gives, as what calls it takes it where the batch is packed; None for as it is."""
+        return None
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         """What this kind needs beyond swapped classes, before they are swapped."""
 
-    def restore(self, root: Any, again: PatchOptions | None) -> None:
+    def restore(self, root: Any, policy: SelectionPolicy, again: PatchOptions | None) -> None:
         """Undo `prepare`, after the classes are restored; `again`: as far as another patch won't need it.
 
         Raises TypeError where the model can't be given back as it is now.
@@ -126,12 +149,14 @@ class Host:
 def attach(host: Host, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
     """Make `root`, which is unpatched, select by `policy`."""
     policy.root, policy.host = root, host
-    if isinstance(getattr(getattr(root, "config", None), "everest", None), LiveSettings):
+    if policy.packs or isinstance(getattr(getattr(root, "config", None), "everest", None), LiveSettings):
         _give_own_config(root)
     host.prepare(root, policy, options)
     if options.drop_path:
         set_stochastic_depth([host.branch_ends(block) for block in host.blocks(root)], options.drop_path)
     wrapped, entries = host.wraps(root), host.entries(root)
+    if policy.packs:
+        wrapped += host.packs(root, policy.selector)
     for module, mixin in wrapped:
         patch_class(module, mixin)
     for module in entries:
@@ -153,7 +178,7 @@ def detach(host: Host, root: Any, again: PatchOptions | None) -> None:
         module.__dict__.pop("everest", None)
     if getattr(getattr(root, "config", None), "everest", None) is policy.settings:
         del root.config.everest
-    host.restore(root, again)
+    host.restore(root, policy, again)
 
 
 @contextmanager
@@ -179,7 +204,7 @@ def all_or_nothing(root: nn.Module) -> Iterator[None]:
 
 
 def _give_own_config(root: Any) -> None:
-    """Two patched models that were built from one config object need one each: it holds their settings."""
+    """Models that were built from one config object need one each: it holds their settings and their attention."""
     shared, own = root.config, copy.copy(root.config)
     for module in root.modules():
         if module.__dict__.get("config") is shared:

@@ -8,7 +8,7 @@ models, and compiled parts of a model, find their own as well.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -19,6 +19,18 @@ from everest_tokens.policy import SelectionPolicy
 from everest_tokens.selection import TokenSelection
 
 _thread = threading.local()
+
+
+class Packing(NamedTuple):
+    """Where the clips of a packed batch, (1, ΣK, D), end.
+
+    Attributes:
+        lengths: how many tokens each clip has, those that are always kept (a class token) included.
+        boundaries: (B + 1,) int32 on the clips' device, from 0 to ΣK.
+    """
+
+    lengths: list[int]
+    boundaries: Tensor
 
 
 def _innermost() -> forward_of | None:
@@ -40,6 +52,8 @@ class forward_of:
         only_selects: whether nobody but `select_tokens` asks, who also wants to see the importance.
         opened_by: the module whose hooks opened it, if they did.
         selection: what the tubelet embedding selected; None before it has run.
+        visible: what reaches the encoder: the selection's visible positions (B, V), or of a packed batch (1, ΣK).
+        packing: of a packed batch, else None.
         ready: tokens that were embedded before the model's own code asks for them, or None.
     """
 
@@ -60,6 +74,8 @@ class forward_of:
         self.policy, self.given, self.generator = policy, given, generator
         self.only_selects, self.opened_by = only_selects, opened_by
         self.selection: Any = None
+        self.visible: Any = None
+        self.packing: Packing | None = None
         self.ready: Any = None
 
     def __enter__(self) -> forward_of:
@@ -96,16 +112,19 @@ def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     """Forward pre-hook: take `token_selection`, which the module's own forward doesn't know, and open the slot."""
     own = {name: value for name, value in kwargs.items() if name != "token_selection"}
     slot = forward_of(module.everest, kwargs.get("token_selection"), opened_by=module)
-    module.everest.host.check_call(module, args, own)
+    module.everest.host.prepare_call(module, args, own)
     slot.__enter__()
     return args, own
 
 
-def _close(module: nn.Module, args: Any, output: Any) -> None:
+def _close(module: Any, args: Any, output: Any) -> Any:
     """Forward hook, called after an exception too: close the slot that `_open` opened for this module."""
     innermost = _innermost()
     if innermost is not None and innermost.opened_by is module:
         innermost.__exit__()
+    if output is not None and innermost is not None and innermost.policy is module.everest:
+        return module.everest.host.unpack(module, output, innermost)
+    return None
 
 
 def hook_forward(module: nn.Module) -> None:

@@ -229,7 +229,7 @@ class TimmViT(Host):
         again = isinstance(root, VideoTransformer) and options is not None
         return not (again and root.patch_embed.proj.weight.shape[2] == options.tubelet_size)  # type: ignore[union-attr]
 
-    def restore(self, root: Any, again: PatchOptions | None) -> None:
+    def restore(self, root: Any, policy: SelectionPolicy, again: PatchOptions | None) -> None:
         """Give the image's kernel back: as it was where the tubelets' is untouched, else that one summed over time.
 
         Patched `again` with tubelets of the same size, the model keeps its projection.

@@ -22,6 +22,8 @@ from everest_tokens.hosts.tubelet_embedding import Geometry, TubeletEmbedding
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.tubelets import TubeletSize, gather_tokens
 
+PACKED = "everest_packed"  # the name of packing.py's attention
+
 
 class Tubelets(TubeletEmbedding):
     """A patch embedding of transformers that hands on the visible tokens, t-major."""
@@ -109,14 +111,63 @@ class TransformersHost(Host):
         wrapped = [module for module, _ in self.wraps(root)]
         return [module for module in dict.fromkeys((self.backbone(root), root)) if module not in wrapped]
 
-    def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def packs(self, root: Any, selector: Any) -> list[tuple[nn.Module, type[Patched]]]:
+        backbone = self.backbone(root)
+        classifies = own_class(root) is self.modeling(f"{self.kind}ForVideoClassification")
+        if root is not backbone and not classifies:
+            raise TypeError(f"how {type(root).__name__} pools clips packed by {selector!r} isn't known")
+        if any(getattr(module, "drop_prob", 0) for module in root.modules()):
+            raise ValueError(f"stochastic depth would drop whole batches, packed by {selector!r}: build it without")
+        try:
+            from everest_tokens.hosts.packing import PackedBlock, PackedBlocks, PackedPooler
+        except ImportError as error:
+            raise TypeError(f"{selector!r} needs transformers' AttentionInterface, of 4.48 and later") from error
+        blocks, pooler = self.blocks(root), getattr(root, "pooler", None)
+        inner = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
+        pooled: list[tuple[nn.Module, type[Patched]]] = [] if pooler is None else [(pooler, PackedPooler)]
+        return [(blocks, PackedBlocks), *((block, PackedBlock) for block in inner), *pooled]
+
+    def is_ready(self, root: Any) -> bool:
+        """Whether a patched model attends within each clip."""
+        return root.config._attn_implementation == PACKED
+
+    def check_packed(self, root: Any) -> None:
+        if not self.is_ready(root):
+            self.packs(root, root.everest.selector)
+            raise ValueError(
+                f"{type(root).__qualname__} attends by {root.config._attn_implementation!r}, which would mix packed"
+                f" clips: call patch_videomae with {root.everest.selector!r} to make it ready for them"
+            )
+
+    def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
+        """In place of a backbone's tokens what its classifier pools them to: (B, 1, D), of each clip by itself."""
+        root = module.everest.root
+        inner = module is self.backbone(root) and current.opened_by is not module
+        if not inner or current.packing is None or hasattr(root, "pooler"):
+            return None
+        clips = output[0].split(current.packing.lengths, dim=1)
+        mean = getattr(root, "fc_norm", None) is not None
+        pooled = torch.cat([clip.mean(dim=1, keepdim=True) if mean else clip[:, :1] for clip in clips])
+        return _with_first(output, pooled)
+
+    def prepare_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs if len(args) < 2 else _called_with(module, args, kwargs)
+        root = module.everest.root
+        if self.is_ready(root) and given.get("output_attentions", root.config.output_attentions):
+            raise ValueError("output_attentions: clips that are packed attend by kernels that keep no weights")
         for name in self.refused:
             if given.get(name) is not None:
                 raise ValueError(f"{name} chooses among all tokens of a clip, a patched model runs its own selection")
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         self.embeds(root)._everest_config = root.config
+        if policy.packs:
+            policy.attention, root.config._attn_implementation = root.config._attn_implementation, PACKED
+
+    def restore(self, root: Any, policy: SelectionPolicy, again: PatchOptions | None) -> None:
+        """Put the model's own attention back."""
+        if self.is_ready(root):
+            root.config._attn_implementation = policy.attention
 
 
 class VJEPA2Tubelets(Tubelets):
@@ -156,10 +207,11 @@ class VJEPA2Encoder(Patched):
     @property
     def layer(self) -> Any:
         """The blocks; from tubelet embedding to the end of a forward with their `position_mask`, (B, V)."""
-        layers, current = self._modules["layer"], running(self.everest)
+        layers: Any = self._modules["layer"]
+        current = running(self.everest)
         if current is None or current.selection is None:
             return layers
-        return [partial(_at_positions, layer, current.selection.visible) for layer in layers]  # type: ignore[union-attr]
+        return [partial(_at_positions, layer, current.visible) for layer in layers]
 
 
 def _at_positions(layer: Any, positions: Tensor, tokens: Tensor, _: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,14 +235,23 @@ class VJEPA2(TransformersHost):
     def entries(self, root: Any) -> list[nn.Module]:
         return [*super().entries(root), self.backbone(root).predictor]
 
-    def check_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
+        """`masked_hidden_state` is all that the encoder gives, as it is for whole clips."""
+        root = module.everest.root
+        own = module is self.backbone(root) and self.is_ready(root)
+        return _with_first(output, output[0], output[0]) if own else None
+
+    def prepare_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ValueError for the predictor too, before its encoder runs: it predicts by places in the whole clip."""
         predicts = isinstance(module, self.modeling("VJEPA2Predictor"))
         if predicts or not _called_with(module, args, kwargs).get("skip_predictor", True):
             raise ValueError(
                 "the patched V-JEPA 2 runs its encoder alone, no predictor: call it with skip_predictor=True"
             )
-        super().check_call(module, args, kwargs)
+        super().prepare_call(module, args, kwargs)
+        root = module.everest.root
+        if module is self.backbone(root) and self.is_ready(root):  # its own masks are of B rows
+            kwargs["context_mask"] = kwargs["target_mask"] = [torch.zeros(1, 1, dtype=torch.int64, device="cpu")]
 
     def arguments(self, root: Any) -> dict[str, Any]:
         return {"skip_predictor": True} if self.backbone(root) is root else {}
@@ -198,20 +259,25 @@ class VJEPA2(TransformersHost):
 
 class VivitEmbeddings(Patched):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """(B, T, C, H, W) → the class token and the visible tokens, with their positions, (B, 1 + V, D)."""
+        """(B, T, C, H, W) → the class token and the visible tokens, with their positions, (B, 1 + V, D).
+
+        Packed, (1, Σ(1 + K), D): each clip has a class token of its own.
+        """
         if interpolate_pos_encoding:
             raise ValueError("interpolate_pos_encoding=True: a patched ViViT takes clips of its own size alone")
         with forward_of(self.everest) as current:
             tokens = self.patch_embeddings(pixel_values)
-            visible = current.selection.visible
+            visible, packing = current.visible, current.packing
         table = self.position_embeddings[0]
         first = (self.cls_token[0] + table[:1]).expand(tokens.shape[0], -1, -1)
-        return self.dropout(torch.cat([first, tokens + table[1 + visible]], dim=1))
+        tokens = tokens + table[1 + visible]
+        clips = [tokens] if packing is None else tokens.split([length - 1 for length in packing.lengths], dim=1)
+        return self.dropout(torch.cat([part for clip in clips for part in (first, clip)], dim=1))
 
 
 class Vivit(TransformersHost):
     patchable = "transformers' VivitModel and VivitForVideoClassification"
-    kind, embeddings = "Vivit", VivitEmbeddings
+    kind, embeddings, prefix = "Vivit", VivitEmbeddings, 1
     refused = ("attention_mask",)
 
 
@@ -250,6 +316,10 @@ class Timesformer(TransformersHost):
                 " that the kept tokens don't fill; patchable is 'joint_space_time'"
             )
 
+    def packs(self, root: Any, selector: Any) -> list[tuple[nn.Module, type[Patched]]]:
+        """Its attention is its own code, which asks nobody."""
+        return Host.packs(self, root, selector)
+
 
 _signature = cache(inspect.signature)
 
@@ -261,6 +331,15 @@ def _called_with(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
     bound.apply_defaults()
     return {**kwargs, **bound.arguments}
+
+
+def _with_first(output: Any, *first: Tensor) -> Any:
+    """A model's output with other tensors in front."""
+    if isinstance(output, tuple):
+        return (*first, *output[len(first) :])
+    for name, tensor in zip(list(output), first, strict=False):
+        output[name] = tensor
+    return output
 
 
 def _pair(size: int | Iterable[int]) -> tuple[int, int]:

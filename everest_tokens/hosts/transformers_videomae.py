@@ -40,7 +40,7 @@ class Embeddings(Patched):
             warnings.warn("bool_masked_pos is ignored: the patched model selects its own tokens", stacklevel=2)
         with forward_of(self.everest) as current:
             tokens = self.patch_embeddings(pixel_values)
-            return tokens + self._positions.to(tokens.device).to(tokens.dtype)[current.selection.visible]
+            return tokens + self._positions.to(tokens.device).to(tokens.dtype)[current.visible]
 
 
 class PreTraining(Patched):
@@ -141,7 +141,8 @@ class TransformersVideoMAE(TransformersHost):
     def numbers(self, root: Any) -> dict[str, Any]:
         return numerics.numbers_of(root)
 
-    def restore(self, root: Any, again: PatchOptions | None) -> None:
+    def restore(self, root: Any, policy: SelectionPolicy, again: PatchOptions | None) -> None:
         """A checkpoint's own numbers stay with the model, also in the next folder that is saved of it."""
+        super().restore(root, policy, again)
         if numerics.lacking(root) and not hasattr(root.config, "everest"):
             root.config.everest = {"task": self.task(root), **numerics.numbers_of(root)}

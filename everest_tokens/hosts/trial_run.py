@@ -72,7 +72,8 @@ def _run(host: Host, root: Any, part: bool = True, clips: int = 1) -> None:
     positions = torch.arange(kept, device=parameter.device).expand(clips, -1)
     steps = torch.arange(grid[0], device=parameter.device).expand(clips, -1) if root.everest.frame_sampler else None
     target = positions[:, visible:] if pretraining else None
-    selection = TokenSelection(positions[:, :visible], target, grid, steps=steps)
+    lengths = torch.full((clips,), visible, device="cpu") if root.everest.packs else None
+    selection = TokenSelection(positions[:, :visible], target, grid, steps=steps, lengths=lengths)
     pixels = torch.zeros(clips, *clip, dtype=parameter.dtype, device=parameter.device)
     with torch.no_grad():
         root(pixels, token_selection=selection, **host.arguments(root))

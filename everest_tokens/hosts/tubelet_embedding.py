@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from everest_tokens.camera import as_seen_later
 from everest_tokens.hosts.patched_class import Patched
-from everest_tokens.hosts.running import forward_of
-from everest_tokens.selection import check_selection, source_positions
+from everest_tokens.hosts.running import Packing, forward_of
+from everest_tokens.selection import TokenSelection, check_selection, source_positions
 from everest_tokens.tubelets import (
     Grid,
     TubeletSize,
@@ -51,6 +53,31 @@ class Geometry:
         return {**first, "height": self.image[0], "width": self.image[1]}
 
 
+def _as_one(clips: Tensor) -> Tensor:
+    """(B, N, D) → (1, B·N, D)."""
+    return clips.flatten(0, 1).unsqueeze(0)
+
+
+def _packed(selection: TokenSelection, prefix: int) -> tuple[Tensor, Tensor, Packing]:
+    """Lay the visible tokens of all clips end to end.
+
+    Args:
+        prefix: how many tokens each clip has in front of them.
+
+    Returns:
+        Their positions among all clips' tokens and each in its own clip's grid, (1, ΣK) int64, and where clips end.
+    """
+    visible, lengths = selection.visible, selection.lengths.tolist()  # type: ignore[union-attr]
+    most, none = visible.shape[1], torch.arange(0, device="cpu")
+    rows = [torch.arange(clip * most, clip * most + length, device="cpu") for clip, length in enumerate(lengths)]
+    place = torch.cat([none, *rows]).to(visible.device, non_blocking=True)
+    positions = visible.flatten()[place].unsqueeze(0)
+    lengths = [length + prefix for length in lengths]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+    packing = Packing(lengths, ends.to(visible.device, non_blocking=True))
+    return positions + place // max(most, 1) * math.prod(selection.grid), positions, packing
+
+
 class TubeletEmbedding(Patched):
     """A model's tubelet embedding, which hands on the visible tokens without their positions.
 
@@ -87,6 +114,10 @@ class TubeletEmbedding(Patched):
         size, grid = geometry.size, geometry.grid
         with forward_of(policy) as current:
             selection, only_selects = current.given, current.only_selects
+            if policy.packs if selection is None else selection.lengths is not None:
+                if torch.compiler.is_compiling() or torch.jit.is_tracing():
+                    raise ValueError(f"a graph can't hold numbers of tokens that differ by clip: {policy.selector!r}")
+                policy.host.check_packed(policy.root)
             if not (torch.compiler.is_compiling() or x.shape[0] or only_selects or policy.runs_without_clips):
                 raise ValueError(f"expected at least one clip, got {policy.host.argument} {tuple(x.shape)}")
             if selection is not None:
@@ -108,12 +139,24 @@ class TubeletEmbedding(Patched):
                     generator=current.generator,
                     with_importance=only_selects,
                     seen_before=partial(self.seen_before, clips, size, tiled, kwargs),
+                    frames=self.frames_of(clips, size, grid),
                 )
-            current.selection = selection
-        source = source_positions(selection.visible, selection.steps, grid)
+            current.selection, current.visible = selection, selection.visible
+            if selection.lengths is None:
+                source = source_positions(selection.visible, selection.steps, grid)
+            else:
+                source, current.visible, current.packing = _packed(selection, policy.host.prefix)
+                scored = _as_one(scored)
+                if tiled:
+                    embedded, tubelets = _as_one(embedded), _as_one(tubelets)
         if tiled:
             return self.normalise(embed_chosen(embedded, tubelets, source, projection))
         return gather_tokens(scored, source)
+
+    def frames_of(self, clips: Tensor, size: TubeletSize, grid: Grid) -> Tensor:
+        """(B, T, C, H, W): the pixels that are embedded, without what a convolution leaves over."""
+        frames = clips.transpose(1, 2) if self.everest.host.channels_first else clips
+        return frames[..., : grid[1] * size.height, : grid[2] * size.width]
 
     def seen_before(
         self, clips: Tensor, size: TubeletSize, tiled: bool, kwargs: dict[str, Any], steps: Tensor | None

@@ -161,7 +161,7 @@ class VideoMAEFamily(Host):
         for block in _all_blocks(root) if options.fused_attention else ():
             patch_class(block.attn, FusedAttention)
 
-    def restore(self, root: Any, again: PatchOptions | None) -> None:
+    def restore(self, root: Any, policy: SelectionPolicy, again: PatchOptions | None) -> None:
         if "_table" in root.__dict__:
             table = root.__dict__.pop("_table")
             if not hasattr(root, "pos_embed"):
