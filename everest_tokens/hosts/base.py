@@ -149,14 +149,13 @@ class Host:
 def attach(host: Host, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
     """Make `root`, which is unpatched, select by `policy`."""
     policy.root, policy.host = root, host
+    packed = host.packs(root, policy.selector) if policy.packs else []
     if policy.packs or isinstance(getattr(getattr(root, "config", None), "everest", None), LiveSettings):
         _give_own_config(root)
     host.prepare(root, policy, options)
     if options.drop_path:
         set_stochastic_depth([host.branch_ends(block) for block in host.blocks(root)], options.drop_path)
-    wrapped, entries = host.wraps(root), host.entries(root)
-    if policy.packs:
-        wrapped += host.packs(root, policy.selector)
+    wrapped, entries = [*host.wraps(root), *packed], host.entries(root)
     for module, mixin in wrapped:
         patch_class(module, mixin)
     for module in entries:

@@ -224,6 +224,12 @@ class TestPatching:
         assert model.config._attn_implementation == attention
 
     @classifiers
+    def test_the_patch_before_had_stochastic_depth(self, case):
+        model, clips = case.patch(case.build(0).double(), drop_path=0.5), clips_of(case)
+        et.patch_videomae(model, copy.deepcopy(energy))
+        case.close(model.train()(clips).logits, patched(case).train()(clips).logits)
+
+    @classifiers
     def test_another_model_of_the_same_config_is_left_alone(self, case):
         model = case.build(0)
         other = randomize(type(model)(model.config), 1).eval()
@@ -282,6 +288,8 @@ class TestRefusals:
         with unchanged(model), pytest.raises(TypeError, match=r"different numbers of tokens.*EnergyBudget"):
             et.patch_videomae(model, selector, **case.settings)
         case.patch(model)
+        with unchanged(model), pytest.raises(TypeError, match=r"different numbers of tokens.*EnergyBudget"):
+            et.patch_videomae(model, selector, **case.settings)
         model.everest.selector = selector
         with pytest.raises(TypeError, match="different numbers of tokens"):
             model(case.clips(dtype=torch.float32))
