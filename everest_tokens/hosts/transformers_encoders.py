@@ -161,6 +161,8 @@ class TransformersHost(Host):
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         self.embeds(root)._everest_config = root.config
+        if self.is_ready(root):  # only by the config, a copy of a packed model's: outside of it that attention is SDPA
+            root.config._attn_implementation = "sdpa"
         if policy.packs:
             policy.attention, root.config._attn_implementation = root.config._attn_implementation, PACKED
 

@@ -238,6 +238,23 @@ class TestPatching:
         assert other.config._attn_implementation == "sdpa"
         assert torch.equal(other(clips_of(case, torch.float32)).logits, before)
 
+    @classifiers
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: config])
+    def test_a_model_built_from_its_config_is_not_ready(self, case, copied):
+        """Its blocks don't know where clips end: they would mix them."""
+        model, clips = patched(case), clips_of(case)
+        expected, selection = model(clips).logits, et.select_tokens(model, clips)
+        other = type(case.build(0))(copied(model.config)).double().eval()
+        other.load_state_dict(model.state_dict())
+        et.patch_videomae(other, et.ReRoSelector(0.5))
+        with pytest.raises(ValueError, match="attends by 'sdpa', which would mix packed clips"):
+            other(clips, token_selection=selection)
+        et.patch_videomae(other, copy.deepcopy(energy))
+        assert torch.equal(other(clips).logits, expected)
+        et.unpatch_videomae(other)
+        assert other.config._attn_implementation == "sdpa"
+        assert torch.equal(model(clips).logits, expected)
+
     @packed
     def test_copies_and_pickles(self, case):
         model, clips = patched(case), clips_of(case)
