@@ -116,13 +116,13 @@ class Host:
         Raises TypeError or ValueError where this model can't run what such a selector keeps.
         """
         raise TypeError(
-            f"{type(root).__qualname__} can't run clips of different numbers of tokens, which {selector!r} keeps:"
+            f"{type(root).__qualname__} can't run clips of different numbers of tokens, which {selector} keeps:"
             " transformers' VideoMAE, V-JEPA 2 and ViViT can"
         )
 
-    def check_packed(self, root: Any) -> None:
-        """Raise where a patched model can't run clips whose numbers of tokens differ."""
-        self.packs(root, root.everest.selector)
+    def check_packed(self, root: Any, selector: Any) -> None:
+        """Raise where a patched model can't run clips whose numbers of tokens differ, by a selector or its name."""
+        self.packs(root, selector)
 
     def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
         """What one of `entries` gives, as what calls it takes it where the batch is packed; None for as it is."""

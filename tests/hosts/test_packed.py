@@ -329,6 +329,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="attends by 'sdpa', which would mix packed clips"):
             model(clips)
         model = patched(case, dtype=torch.float32)
+        selection = et.select_tokens(model, clips)
+        with pytest.raises(ValueError, match="call patch_videomae with the selector of token_selection to make"):
+            case.patch(case.build(0))(clips, token_selection=selection)
         model.set_attn_implementation("eager")
         with pytest.raises(ValueError, match="attends by 'eager'"):
             model(clips)
