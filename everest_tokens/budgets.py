@@ -123,10 +123,10 @@ class RunLengthSelector(Budget):
         threshold: in pixels' units as the model takes them, normalised by ImageNet's mean and deviation in RLT.
 
     Raises:
-        ValueError: a negative threshold.
+        ValueError: a threshold that is negative or infinite, which JSON doesn't know.
     """
 
-    threshold = static_number("threshold", "a number of at least 0", lambda value: value >= 0)
+    threshold = static_number("threshold", "a finite number of at least 0", lambda value: 0 <= value < math.inf)
     takes_frames = True
 
     def __init__(self, threshold: float = 0.1) -> None:

@@ -100,8 +100,10 @@ def patched_model(
         raise ValueError(f"{model}: {str(error).splitlines()[0]}") from error
     given = {"distance": distance, "anchor": anchor, "camera": camera}
     given = {name: value for name, value in given.items() if value is not None}
-    if given and not isinstance(policy.selector, ReRoSelector):
-        policy.selector = ReRoSelector(policy.share_kept())
+    if not all(hasattr(policy.selector, name) for name in given):
+        if policy.packs and keep_ratio is None:
+            raise ValueError(f"{model}: {policy.selector} takes no {' and '.join(given)}: give a keep ratio too")
+        policy.selector = ReRoSelector(keep_ratio or policy.share_kept())
     for name, value in given.items():
         setattr(policy.selector, name, value)
     if keep_ratio is not None:

@@ -41,12 +41,15 @@ def compare(
         the bytes that a run allocates at its highest moment beside what was there before.
 
     Raises:
-        ValueError: batch_size or repeats below 1, a keep ratio outside (0, 1], or a pre-training model.
+        ValueError: batch_size or repeats below 1, a keep ratio outside (0, 1], a pre-training model, or one with a
+            budget for each clip.
     """
     integer("batch_size", batch_size, least=1)
     integer("repeats", repeats, least=1)
     if model.everest.task == "pretraining":
         raise ValueError("expected a classifier or an encoder: benchmarks/step_cost.py measures pre-training")
+    if model.everest.packs:
+        raise ValueError(f"random clips don't tell what {model.everest.selector} costs: benchmarks/packing.py does")
     ways: dict[float | None, Any] = {None: None}
     for kept in keep_ratios:
         ways[kept] = copy.deepcopy(model.everest.selector)

@@ -108,10 +108,8 @@ def patch_videomae(
     policy = SelectionPolicy(task, mask_ratio=mask_ratio, **parts)
     policy.settings.update(host.numbers(root) if is_patched(root) else numbers)  # a live model's own win
     policy.check(host.geometry(root, options).grid)
-    if policy.packs:
-        host.packs(root, policy.selector)
-        if drop_path:
-            raise ValueError(f"drop_path={drop_path} would drop a whole packed batch at once, with {policy.selector!r}")
+    if policy.packs and drop_path:
+        raise ValueError(f"drop_path={drop_path} would drop a whole packed batch at once, with {policy.selector!r}")
 
     with all_or_nothing(root):
         if is_patched(root):

@@ -169,6 +169,7 @@ def ways_to_run(model: Any, recipe: TestRecipe) -> dict[Way, TokenSelector]:
     own = model.everest.selector
     if recipe.keep_ratio is not None:
         own.keep_ratio = recipe.keep_ratio
+        check_model(model, [recipe.keep_ratio])
     if not recipe.keep_ratios:
         return {(type(own).__name__, own.keep_ratio): own}
     ways = {}

@@ -43,8 +43,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
         pool: how many videos of the order are looked at for the last places of a batch.
 
     Raises:
-        ValueError: no counts, one below 1 or above `tokens`, a rank that isn't one of `ranks`, or too few videos for a
-            batch of every rank.
+        ValueError: no counts, one below 1 or above `tokens`, a rank that isn't one of `ranks`, a pool below 1, or too
+            few videos for a batch of every rank.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
             raise ValueError(f"expected counts of 1 to {tokens} tokens, what a batch may have, got {spread}")
         if not 0 <= rank < ranks:
             raise ValueError(f"expected a rank in 0…{ranks - 1}, got {rank}")
+        if pool < 1:
+            raise ValueError(f"expected a pool of at least 1 video, got {pool}")
         self.counts, self.tokens, self.seed, self.rank, self.ranks, self.pool = counts, tokens, seed, rank, ranks, pool
         self.epoch = 0
         self._made: tuple[int, list[list[int]]] = (-1, [])

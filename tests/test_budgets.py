@@ -186,8 +186,9 @@ class TestRunLengthSelector:
         assert rows(selector(torch.zeros(1, 3, 1), (3, 1, 1), frames), 3) == [[0, 1]]
 
     def test_bad_input(self):
-        with pytest.raises(ValueError, match="threshold must be a number of at least 0, got"):
-            et.RunLengthSelector(-0.1)
+        for threshold in (-0.1, float("inf")):  # JSON, and so a saved folder, knows no infinity
+            with pytest.raises(ValueError, match="threshold must be a finite number of at least 0, got"):
+                et.RunLengthSelector(threshold)
         with pytest.raises(ValueError, match=r"expected frames \(B, T, C, H, W\) of grid \(3, 2, 2\), got"):
             et.RunLengthSelector()(torch.zeros(1, 12, 1), GRID, torch.zeros(1, 4, 3, 4, 4))
 

@@ -241,3 +241,10 @@ class TestBenchmark:
             compare(model, [1.5])
         with pytest.raises(ValueError, match="pre-training"):
             compare(et.patch_videomae(build_model(VideoMAEForPreTraining)), [0.5])
+
+    def test_a_budget_is_refused_by_what_it_is(self, tmp_path, capsys):
+        et.patch_videomae(build_model(VideoMAEForVideoClassification), et.EnergyBudget()).save_pretrained(tmp_path)
+        for options in ([], ["--keep-ratios", 0.5]):
+            status, _, err = run(capsys, "benchmark", tmp_path, "--repeats", 1, *options)
+            assert status == 2
+            assert "random clips don't tell what EnergyBudget(cover=0.9" in err

@@ -135,6 +135,23 @@ def test_a_compensated_camera_is_drawn_beside_an_ignored_one_and_its_path(folder
     assert [row.label for row in drawn[-1][0].rows] == ["frames", "kept\n19 of 64", "importance"]
 
 
+def test_options_are_the_budget_s_own(tmp_path, drawn, capsys):
+    """Each clip keeps what it needs under them too, and not all of its tokens."""
+    model = et.patch_videomae(VideoMAEForVideoClassification(SMALL), et.EnergyBudget(0.5))
+    model.save_pretrained(tmp_path / "model")
+    assert run(tmp_path, "--model", tmp_path / "model", "--distance", "cosine", "--stride", "1") == 0
+    model.everest.selector.distance = "cosine"
+    clip = load_clip(sample_video(), num_frames=8, stride=1, size=64)
+    frames, shown, _ = drawn[-1][0].rows
+    kept = et.select_tokens(model, clip).kept[0].tolist()
+    assert len(kept) < 64
+    assert kept_in(shown, frames).flatten().nonzero().flatten().tolist() == kept
+    assert run(tmp_path, "--model", tmp_path / "model", "--anchor", "first") == 2
+    assert "takes no anchor: give a keep ratio too" in capsys.readouterr().err
+    assert run(tmp_path, "--model", tmp_path / "model", "--anchor", "first", "--keep-ratio", "0.5") == 0
+    assert drawn[-1][0].rows[1].label == "kept\n32 of 64"
+
+
 def test_files_and_classifiers_are_drawn_as_what_they_are(tmp_path, drawn):
     sizes = {"img_size": (64, 64), "num_frames": 8, "embed_dim": 384, "depth": 1}  # a width that tells the heads
     decoder = {"decoder_dim": 192, "decoder_num_heads": 3, "decoder_depth": 1}

@@ -116,13 +116,13 @@ class Host:
         Raises TypeError or ValueError where this model can't run what such a selector keeps.
         """
         raise TypeError(
-            f"{type(root).__qualname__} can't run clips of different numbers of tokens, which {selector!r} keeps:"
+            f"{type(root).__qualname__} can't run clips of different numbers of tokens, which {selector} keeps:"
             " transformers' VideoMAE, V-JEPA 2 and ViViT can"
         )
 
-    def check_packed(self, root: Any) -> None:
-        """Raise where a patched model can't run clips whose numbers of tokens differ."""
-        self.packs(root, root.everest.selector)
+    def check_packed(self, root: Any, selector: Any) -> None:
+        """Raise where a patched model can't run clips whose numbers of tokens differ, by a selector or its name."""
+        self.packs(root, selector)
 
     def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
         """What one of `entries` gives, as what calls it takes it where the batch is packed; None for as it is."""
@@ -149,14 +149,13 @@ class Host:
 def attach(host: Host, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
     """Make `root`, which is unpatched, select by `policy`."""
     policy.root, policy.host = root, host
+    packed = host.packs(root, policy.selector) if policy.packs else []
     if policy.packs or isinstance(getattr(getattr(root, "config", None), "everest", None), LiveSettings):
         _give_own_config(root)
     host.prepare(root, policy, options)
     if options.drop_path:
         set_stochastic_depth([host.branch_ends(block) for block in host.blocks(root)], options.drop_path)
-    wrapped, entries = host.wraps(root), host.entries(root)
-    if policy.packs:
-        wrapped += host.packs(root, policy.selector)
+    wrapped, entries = [*host.wraps(root), *packed], host.entries(root)
     for module, mixin in wrapped:
         patch_class(module, mixin)
     for module in entries:

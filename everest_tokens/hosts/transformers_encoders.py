@@ -115,13 +115,13 @@ class TransformersHost(Host):
         backbone = self.backbone(root)
         classifies = own_class(root) is self.modeling(f"{self.kind}ForVideoClassification")
         if root is not backbone and not classifies:
-            raise TypeError(f"how {type(root).__name__} pools clips packed by {selector!r} isn't known")
+            raise TypeError(f"how {type(root).__name__} pools clips packed by {selector} isn't known")
         if any(getattr(module, "drop_prob", 0) for module in root.modules()):
-            raise ValueError(f"stochastic depth would drop whole batches, packed by {selector!r}: build it without")
+            raise ValueError(f"stochastic depth would drop whole batches, packed by {selector}: build it without")
         try:
             from everest_tokens.hosts.packing import PackedBlock, PackedBlocks, PackedPooler
         except ImportError as error:
-            raise TypeError(f"{selector!r} needs transformers' AttentionInterface, of 4.48 and later") from error
+            raise TypeError(f"{selector} needs transformers' AttentionInterface, of 4.48 and later") from error
         blocks, pooler = self.blocks(root), getattr(root, "pooler", None)
         inner = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
         pooled: list[tuple[nn.Module, type[Patched]]] = [] if pooler is None else [(pooler, PackedPooler)]
@@ -131,12 +131,12 @@ class TransformersHost(Host):
         """Whether a patched model attends within each clip."""
         return root.config._attn_implementation == PACKED
 
-    def check_packed(self, root: Any) -> None:
+    def check_packed(self, root: Any, selector: Any) -> None:
         if not self.is_ready(root):
-            self.packs(root, root.everest.selector)
+            self.packs(root, selector)
             raise ValueError(
                 f"{type(root).__qualname__} attends by {root.config._attn_implementation!r}, which would mix packed"
-                f" clips: call patch_videomae with {root.everest.selector!r} to make it ready for them"
+                f" clips: call patch_videomae with {selector} to make it ready for them"
             )
 
     def unpack(self, module: Any, output: Any, current: forward_of) -> Any:
@@ -161,6 +161,8 @@ class TransformersHost(Host):
 
     def prepare(self, root: Any, policy: SelectionPolicy, options: PatchOptions) -> None:
         self.embeds(root)._everest_config = root.config
+        if self.is_ready(root):  # only by the config, a copy of a packed model's: outside of it that attention is SDPA
+            root.config._attn_implementation = "sdpa"
         if policy.packs:
             policy.attention, root.config._attn_implementation = root.config._attn_implementation, PACKED
 

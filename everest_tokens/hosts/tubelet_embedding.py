@@ -115,9 +115,10 @@ class TubeletEmbedding(Patched):
         with forward_of(policy) as current:
             selection, only_selects = current.given, current.only_selects
             if policy.packs if selection is None else selection.lengths is not None:
+                packs = policy.selector if selection is None else "the selector of token_selection"
                 if torch.compiler.is_compiling() or torch.jit.is_tracing():
-                    raise ValueError(f"a graph can't hold numbers of tokens that differ by clip: {policy.selector!r}")
-                policy.host.check_packed(policy.root)
+                    raise ValueError(f"a graph can't hold numbers of tokens that differ by clip: {packs}")
+                policy.host.check_packed(policy.root, packs)
             if not (torch.compiler.is_compiling() or x.shape[0] or only_selects or policy.runs_without_clips):
                 raise ValueError(f"expected at least one clip, got {policy.host.argument} {tuple(x.shape)}")
             if selection is not None:

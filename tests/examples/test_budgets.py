@@ -136,6 +136,7 @@ class TestEvaluation:
             (["--keep_ratios", 0.2, 0.2], "expected each once, got [0.2, 0.2]"),
             (["--keep_ratios", 0.2, "--keep_ratio", 0.2], "keep_ratio and keep_ratios both say"),
             (["--keep_ratios", 0.2, 0.01], "keep_ratio 0.01 leaves no token of grid (4, 4, 4)"),
+            (["--keep_ratio", 0.01], "keep_ratio 0.01 leaves no token of grid (4, 4, 4)"),
             (["--baselines", "tube"], "go with keep_ratios, got tube"),
             (["--keep_ratios", 0.2, "--baselines", "tubes"], "baselines are of rero, random, tube"),
         ],

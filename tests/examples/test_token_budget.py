@@ -97,6 +97,8 @@ class TestSampler:
             TokenBudgetSampler(*arguments)
         with pytest.raises(ValueError, match="rank in 0…1, got 2"):
             TokenBudgetSampler([3, 3], 3, rank=2, ranks=2)
+        with pytest.raises(ValueError, match="a pool of at least 1 video, got 0"):
+            TokenBudgetSampler([10] * 100, 50, pool=0)  # would make empty batches for ever
 
 
 def test_counts_are_those_of_each_videos_middle(tmp_path, capsys):

@@ -224,6 +224,12 @@ class TestPatching:
         assert model.config._attn_implementation == attention
 
     @classifiers
+    def test_the_patch_before_had_stochastic_depth(self, case):
+        model, clips = case.patch(case.build(0).double(), drop_path=0.5), clips_of(case)
+        et.patch_videomae(model, copy.deepcopy(energy))
+        case.close(model.train()(clips).logits, patched(case).train()(clips).logits)
+
+    @classifiers
     def test_another_model_of_the_same_config_is_left_alone(self, case):
         model = case.build(0)
         other = randomize(type(model)(model.config), 1).eval()
@@ -231,6 +237,23 @@ class TestPatching:
         et.patch_videomae(model, energy)
         assert other.config._attn_implementation == "sdpa"
         assert torch.equal(other(clips_of(case, torch.float32)).logits, before)
+
+    @classifiers
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: config])
+    def test_a_model_built_from_its_config_is_not_ready(self, case, copied):
+        """Its blocks don't know where clips end: they would mix them."""
+        model, clips = patched(case), clips_of(case)
+        expected, selection = model(clips).logits, et.select_tokens(model, clips)
+        other = type(case.build(0))(copied(model.config)).double().eval()
+        other.load_state_dict(model.state_dict())
+        et.patch_videomae(other, et.ReRoSelector(0.5))
+        with pytest.raises(ValueError, match="attends by 'sdpa', which would mix packed clips"):
+            other(clips, token_selection=selection)
+        et.patch_videomae(other, copy.deepcopy(energy))
+        assert torch.equal(other(clips).logits, expected)
+        et.unpatch_videomae(other)
+        assert other.config._attn_implementation == "sdpa"
+        assert torch.equal(model(clips).logits, expected)
 
     @packed
     def test_copies_and_pickles(self, case):
@@ -282,6 +305,8 @@ class TestRefusals:
         with unchanged(model), pytest.raises(TypeError, match=r"different numbers of tokens.*EnergyBudget"):
             et.patch_videomae(model, selector, **case.settings)
         case.patch(model)
+        with unchanged(model), pytest.raises(TypeError, match=r"different numbers of tokens.*EnergyBudget"):
+            et.patch_videomae(model, selector, **case.settings)
         model.everest.selector = selector
         with pytest.raises(TypeError, match="different numbers of tokens"):
             model(case.clips(dtype=torch.float32))
@@ -304,6 +329,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="attends by 'sdpa', which would mix packed clips"):
             model(clips)
         model = patched(case, dtype=torch.float32)
+        selection = et.select_tokens(model, clips)
+        with pytest.raises(ValueError, match="call patch_videomae with the selector of token_selection to make"):
+            case.patch(case.build(0))(clips, token_selection=selection)
         model.set_attn_implementation("eager")
         with pytest.raises(ValueError, match="attends by 'eager'"):
             model(clips)
