@@ -16,8 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from everest_tokens.hosts.patched_class import Patched
-from everest_tokens.hosts.running import Packing, running
-from everest_tokens.hosts.transformers_encoders import PACKED
+from everest_tokens.hosts.running import PACKED, Packing, running
 
 try:
     from torch.nn.attention import varlen

@@ -18,6 +18,7 @@ from everest_tokens.hosts.patched_class import Patched
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.selection import TokenSelection
 
+PACKED = "everest_packed"  # the name by which transformers knows the attention of packing.py
 _thread = threading.local()
 
 

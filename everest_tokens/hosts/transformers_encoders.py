@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from everest_tokens.hosts.base import Host, PatchOptions
 from everest_tokens.hosts.patched_class import Patched, own_class
-from everest_tokens.hosts.running import forward_of, running
+from everest_tokens.hosts.running import PACKED, forward_of, running
 from everest_tokens.hosts.tubelet_embedding import Geometry, TubeletEmbedding
 from everest_tokens.policy import SelectionPolicy
 from everest_tokens.tubelets import TubeletSize, gather_tokens
-
-PACKED = "everest_packed"  # the name of packing.py's attention
 
 
 class Tubelets(TubeletEmbedding):
