@@ -101,10 +101,11 @@ def camera(rows: Sequence[Row]) -> Iterator[str]:
     first = large[0]
     yield f"### A moving camera, frames of {LARGE.size} pixels"
     yield ""
+    models = len({row["seed"] for row in large})
     yield (
-        f"{first['steps']} steps of training; {first['kept']} of {first['tokens']} tokens are kept. *Compensated*: a "
-        "token is scored against what its place showed one step earlier as the camera saw it then "
-        '(`camera="compensate"`).'
+        f"{first['steps']} steps of training, {models} model{'s' * (models > 1)} of a kind; {first['kept']} of "
+        f"{first['tokens']} tokens are kept. *Compensated*: a token is scored against what its place showed one step "
+        'earlier as the camera saw it then (`camera="compensate"`).'
     )
     yield ""
     methods = ("rero", "rero compensated")

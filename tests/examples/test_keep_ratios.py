@@ -136,8 +136,8 @@ class TestInATrainer:
             assert counters["stats"]["unique_graphs"] == 9
             return 0
 
-        assert torch._dynamo.config.recompile_limit == 8
-        assert forked(job) == [0]
+        with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, whatever ran in this process before
+            assert forked(job) == [0]
 
     def test_in_pre_training_too(self, make_model, tmp_path):
         model = et.patch_videomae(make_model(VideoMAEForPreTraining, image_size=32), et.ReRoSelector(OWN))

@@ -117,7 +117,7 @@ class TestWriteProduct:
         write_product(tmp_path, model, RECORDED | {"keep_ratios": ratios}, None)
         text = ModelCard.load(tmp_path / "README.md").text
         assert f"Each step of its training {said} the tokens" in text
-        code = text.split("```python\n")[2].partition("```")[0]
+        (code,) = (block.partition("```")[0] for block in text.split("```python\n") if "keep_ratio =" in block)
         names = {"pipe": SimpleNamespace(model=model)}
         exec(code, names)
         assert model.everest.selector.keep_ratio == min(ratios)

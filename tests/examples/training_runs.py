@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def forked(job: Callable[[], int], processes: int = 1) -> list[int]:
         AcceleratorState._reset_state(reset_partial_state=True)  # what runs before have left of theirs
         sys.exit(job())
 
+    gc.collect()  # a video that is closed in the copy, as garbage, waits for decoding threads that aren't copied
     ranks = [context.Process(target=work, args=(rank,)) for rank in range(processes)]
     for rank in ranks:
         rank.start()
