@@ -391,7 +391,7 @@ def test_what_never_moves_one_checkpoint_and_the_camera_from_records_by_hand(tmp
     assert "0.2, 0.3, 0.45, 0.6, 1 in each step" in checkpoint
     assert line_of(checkpoint, "| 0.20 |")[2:] == ["25/128", "71.0%", "61.0%", *both]
     assert line_of(checkpoint, "| 1.00 |")[2:] == ["128/128", "72.0%", "62.0%", *whole]
-    assert "400 steps of training; 76 of 512 tokens" in camera
+    assert "400 steps of training, 1 model of a kind; 76 of 512 tokens" in camera
     assert "With more steps" not in text
     assert line_of(camera, "| 1.5 |") == ["1.5", "40.0%", "60.0%"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
