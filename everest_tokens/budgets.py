@@ -102,7 +102,7 @@ class EnergyBudget(MeasuresChange, Budget):
         """(B, N, D) → kept indices, ascending, then N: (B, M) int64. Raises as `importance` and `num_kept` do."""
         most, total = self.num_kept(grid), math.prod(grid)
         least = -1.0 if self.distance in ("cosine", "cka") else 0.0
-        energy = (self.importance(tokens, grid, previous).double() - least).clamp(min=0).square()  # (B, N)
+        energy = (self.compared(tokens, grid, previous).double() - least).clamp(min=0).square()  # (B, N)
         order = stable_order(energy, descending=True)
         covered = energy.gather(1, order).cumsum(dim=1)
         enough = self.cover * (1 - 1e-12) * covered[:, -1:]  # for the decimal that cover was meant to be

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # Words in the names of torch's operators that sum products; its counter knows only some of them.
 _SUMS_PRODUCTS = re.compile(r"\w*(mm|mv|rnn)|v?dot|addr|matmul|(tri)?linear|conv.*|attention|cdist|lstm|gru|fft|linalg")
-_SOLVE = (torch.ops.aten._linalg_solve_ex,)  # of camera.py
 _SPACES = ("aten", "prim", "prims", "profiler")  # torch's own operators
 _DENSE = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")  # transformers' names
 
@@ -47,7 +46,7 @@ def on_meta(root: nn.Module) -> Any:
 @contextmanager
 def counting(root: nn.Module, failures: type[Exception] = Exception) -> Iterator[FlopCounterMode]:
     """Count what runs. Raise TypeError, that the cost of `root` isn't known, where one of the failures is raised."""
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_SOLVE, _solving))
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     try:
         with torch.no_grad(), _Known(), counter:
             yield counter
@@ -61,13 +60,17 @@ def _solving(a_shape: Any, b_shape: Any, **_: Any) -> int:
     return prod(batch) * (2 * size**3 // 3 + 2 * size**2 * b_shape[-1])
 
 
+_FORMULAS = {torch.ops.aten._linalg_solve_ex: _solving}  # of camera.py; torch's counter has none
+
+
 class _Known(TorchDispatchMode):
     """Refuses operators that sum products and that torch's counter would take to cost nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, name = func.name().split(".")[0].split("::")
         sums = name != "linalg_vector_norm" and any(map(_SUMS_PRODUCTS.fullmatch, name.split("_")))
-        if func.overloadpacket not in (*flop_registry, *_SOLVE) and (sums or space not in _SPACES):
+        known = func.overloadpacket in flop_registry or func.overloadpacket in _FORMULAS
+        if not known and (sums or space not in _SPACES):
             raise NotImplementedError(f"the operator {space}::{name} has no formula in torch.utils.flop_counter")
         return func(*args, **(kwargs or {}))
 

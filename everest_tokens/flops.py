@@ -58,8 +58,8 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
     Args:
         model: a model that `patch_videomae` takes. Its forward hooks run, with tensors of the meta device.
         num_visible: tokens that reach the encoder. Default: what the model's settings give, the most that a budget
-            for each clip (`EnergyBudget`) lets through; for an unpatched
-            pre-training model VideoMAE's 90 % tube mask (160 of 1568), for another unpatched one all.
+            for each clip (`EnergyBudget`) lets through; for an unpatched pre-training model VideoMAE's 90 % tube mask
+            (160 of 1568), for another unpatched one all.
 
     Raises:
         TypeError: a model that `patch_videomae` doesn't take, one whose forward needs the values of its weights or
@@ -83,19 +83,19 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
                 running.config.everest = None
             patch_videomae(running, RandomSelector(1.0), visible=TubeSelector(0.1) if pretraining else None)
 
-    given, compared, selecting = host.arguments(running), 0, None
+    given, compared = host.arguments(running), 0
     if is_patched(running):
         policy, (_, height, width) = running.everest, grid
         passes = [grid[0]] if policy.frame_sampler is None else [policy.num_candidates(grid[0]), grid[0]]
         with counting(root, RuntimeError) as counter, forward_of(policy) as current:
             host.embeds(running)(torch.empty(shape, dtype=torch.float32, device="meta"))
-        selection, selecting = current.selection, counter.get_total_flops() // 2
+        selection = current.selection
         given["token_selection"] = selection if num_visible is None else _with_visible(selection, num_visible)
         products = 0
         if isinstance(policy.selector, MeasuresChange):
             products = _PRODUCTS.get(policy.selector.settings["distance"], 0)
         pairs = sum(steps - 1 for steps in passes) * height * width
-        compared = pairs * channels * products
+        compared = pairs * channels * products + counter.get_total_flops() // 2
     with counting(root) as counter:
         running(torch.empty(shape, dtype=torch.float32, device="meta"), **given)
     # PEFT's modules_to_save puts the copy that runs where the model's own part was.
@@ -110,8 +110,8 @@ def count_flops(model: nn.Module, num_visible: int | None = None) -> FlopCount:
     embedding, head = spent(*_EMBEDDINGS), spent(_DECODERS_HEAD, *_HEADS)
     decoder = spent(*_DECODER) - spent(_DECODERS_HEAD)
     encoder = counter.get_total_flops() // 2 - embedding - decoder - head
-    if selecting is not None:
-        compared += selecting - embedding  # what the embedding does beside embedding the clip
+    if is_patched(running):
+        compared -= embedding  # of which selecting needed one, counted by itself
     return FlopCount(compared, embedding, encoder, decoder, head)
 
 

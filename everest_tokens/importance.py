@@ -91,3 +91,7 @@ class MeasuresChange(nn.Module):
         if change.shape != later.shape[:-1]:
             raise ValueError(f"distance must return {tuple(later.shape[:-1])}, got {tuple(change.shape)}")
         return torch.cat([change[:, :1], change], dim=1).flatten(1)
+
+    def compared(self, tokens: Tensor, grid: Grid, previous: Tensor | None) -> Tensor:
+        """`importance`, which a subclass may define of tokens and grid alone."""
+        return self.importance(tokens, grid) if previous is None else self.importance(tokens, grid, previous)

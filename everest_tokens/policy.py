@@ -275,8 +275,7 @@ class SelectionPolicy:
             kept = kept[:, : max(lengths.tolist(), default=0)]
         importance = None
         if with_importance and isinstance(self.selector, MeasuresChange):
-            more = {"previous": previous} if compensates(self.selector) else {}
-            importance = self.selector.importance(tokens, grid, **more)
+            importance = self.selector.compared(tokens, grid, previous if compensates(self.selector) else None)
         visible, target = self._split(kept, tokens, grid, generator, previous)
         return TokenSelection(visible, target, grid, importance, steps, lengths)
 

@@ -187,8 +187,7 @@ class ReRoSelector(MeasuresChange, TokenSelector):
     def forward(self, tokens: Tensor, grid: Grid, previous: Tensor | None = None) -> Tensor:
         """(B, N, D) → kept indices (B, K), int64, ascending. Raises as `importance` and `num_kept` do."""
         kept = self.num_kept(grid)
-        # A subclass's own importance may take two arguments.
-        score = self.importance(tokens, grid) if previous is None else self.importance(tokens, grid, previous)
+        score = self.compared(tokens, grid, previous)
         if self.anchor is not None:
             score = self._with_anchor(score, grid)
         return self._top(score, kept)
@@ -207,7 +206,7 @@ class ReRoSelector(MeasuresChange, TokenSelector):
         """
         fixed = self.keep_tokens
         kept = super().num_kept(candidates) if fixed is None else fixed * candidates[0] // grid[0]
-        return self._top(self.importance(tokens, candidates, previous), kept)
+        return self._top(self.compared(tokens, candidates, previous), kept)
 
     def _with_anchor(self, score: Tensor, grid: Grid) -> Tensor:
         """(B, N) → the same, the anchor's tokens ranked before anything that is finite or not."""

@@ -127,7 +127,7 @@ class TubeletEmbedding(Patched):
             clips, projection = self.padded(x, size), getattr(self, self.projection_name)
             tiled = self.only_projects() and only_tiles(projection, size)
             if tiled:
-                tubelets = unfold_tubelets(clips.transpose(1, 2) if policy.host.channels_first else clips, size)
+                tubelets = unfold_tubelets(self.frames_first(clips), size)
                 embedded = embed_tubelets(tubelets, projection)
                 scored = self.normalise(embedded)
             else:
@@ -140,7 +140,8 @@ class TubeletEmbedding(Patched):
                     generator=current.generator,
                     with_importance=only_selects,
                     seen_before=partial(self.seen_before, clips, size, tiled, kwargs),
-                    frames=self.frames_of(clips, size, grid),
+                    # without what a convolution leaves over
+                    frames=self.frames_first(clips)[..., : grid[1] * size.height, : grid[2] * size.width],
                 )
             current.selection, current.visible = selection, selection.visible
             if selection.lengths is None:
@@ -154,10 +155,9 @@ class TubeletEmbedding(Patched):
             return self.normalise(embed_chosen(embedded, tubelets, source, projection))
         return gather_tokens(scored, source)
 
-    def frames_of(self, clips: Tensor, size: TubeletSize, grid: Grid) -> Tensor:
-        """(B, T, C, H, W): the pixels that are embedded, without what a convolution leaves over."""
-        frames = clips.transpose(1, 2) if self.everest.host.channels_first else clips
-        return frames[..., : grid[1] * size.height, : grid[2] * size.width]
+    def frames_first(self, clips: Tensor) -> Tensor:
+        """The model's own layout → (B, T, C, H, W), and back: the two differ by one exchange, if at all."""
+        return clips.transpose(1, 2) if self.everest.host.channels_first else clips
 
     def seen_before(
         self, clips: Tensor, size: TubeletSize, tiled: bool, kwargs: dict[str, Any], steps: Tensor | None
@@ -173,7 +173,7 @@ class TubeletEmbedding(Patched):
         Returns:
             (B, N, D) without grad.
         """
-        frames = clips.transpose(1, 2) if self.everest.host.channels_first else clips
+        frames = self.frames_first(clips)
         if steps is not None:
             drawn = steps.unsqueeze(2) * size.frames + torch.arange(size.frames, device=steps.device)
             frames = frames[torch.arange(frames.shape[0], device=steps.device).unsqueeze(1), drawn.flatten(1)]
@@ -181,7 +181,7 @@ class TubeletEmbedding(Patched):
         if tiled:
             embedded = embed_tubelets(unfold_tubelets(frames, size), getattr(self, self.projection_name))
         else:
-            embedded = self.embed(frames.transpose(1, 2) if self.everest.host.channels_first else frames, **kwargs)
+            embedded = self.embed(self.frames_first(frames), **kwargs)
         return self.normalise(embedded).detach()
 
     def check_clips(self, clips: Any, geometry: Geometry) -> None:
