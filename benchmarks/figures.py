@@ -24,6 +24,8 @@ STYLES = {
     "random": ("#E69F00", "s"),
     "tube": ("#009E73", "^"),
     "running cell": ("#CC79A7", "D"),
+    "energy": ("#D55E00", "P"),
+    "run length": ("#009E73", "^"),
     "ascending": ("#56B4E9", "v"),
     "all tokens": ("#000000", "*"),
     "videomae": ("#000000", "*"),
@@ -294,7 +296,7 @@ def appearance(
 def failures(
     panels_of: dict[str, dict[str, list[tuple[float, Sequence[float]]]]], chance: float, caption: str
 ) -> Figure:
-    """Accuracy where change is no sign of the action: camera motion, flicker, noise."""
+    """Accuracy along what each panel's name says: camera motion, flicker, noise, the tokens of a budget."""
     figure, axes = panels(len(panels_of), caption)
     for axis, (name, methods) in zip(axes, panels_of.items(), strict=True):
         for method, points in methods.items():

@@ -16,6 +16,8 @@ Beyond it:
     appearance           a second label that no change shows, the colour of a disc at rest; ReRo with anchors too
     appearance-at-test   the same selectors on a model that was trained on all tokens
     one-checkpoint       one model trained with keep ratios drawn for each step, against one model a ratio
+    mixture              as many tokens for each clip as it needs against the same share of each, where cameras of
+                         half the clips move
     camera-96            a moving camera and ReRo that compensates for it, on frames of 96 pixels
 
 Nothing here reproduces the paper's accuracies: see MOTION.md for what the task is and isn't.
@@ -223,6 +225,18 @@ def accuracies(model: Any, batches: Batches) -> list[float]:
     return [int(count) / len(batches.labels) for count in right]
 
 
+@torch.no_grad()
+def mean_kept(model: Any, batches: Batches) -> float:
+    """Tokens that are kept of a clip; where that differs by clip, the mean over all of them."""
+    selection = et.select_tokens(model, batches.take(torch.arange(1, device=batches.clips.device))[0])
+    if selection.lengths is None:
+        return float(selection.kept.shape[1])
+    pieces = torch.arange(len(batches.labels), device=batches.clips.device).split(128)
+    return sum(int(et.select_tokens(model, batches.take(index)[0]).lengths.sum()) for index in pieces) / len(
+        batches.labels
+    )
+
+
 @lru_cache(maxsize=2)
 def pretrained(run: Run, settings: Settings, device: torch.device) -> tuple[dict[str, Tensor], float]:
     """The encoder's weights after pre-training, and the loss at its end. `run` without what comes after."""
@@ -282,14 +296,12 @@ def train(runs: Sequence[Run], settings: Settings, device: torch.device) -> list
             patch(model, one)
             torch.manual_seed(one.seed)  # random tokens are then the same, whatever was tested before
         scores = curve[-1][1:] if one.trained is None else accuracies(model, test)
-        whole = one.method == ALL
+        kept = float(tokens) if one.method == ALL else mean_kept(model, test)
         record = {
             **asdict(one),
             "tokens": tokens,
-            "kept": tokens
-            if whole
-            else et.select_tokens(model, test.take(torch.arange(1, device=device))[0]).kept.shape[1],
-            "gflops": et.count_flops(model).total / 1e9,
+            "kept": int(kept) if kept.is_integer() else kept,  # of a budget the mean over the test clips
+            "gflops": et.count_flops(model, None if one.method == ALL else round(kept)).total / 1e9,
             "accuracy": scores[0],
             "colour_accuracy": scores[1] if one.task.colours else None,
             "curve": curve if one.trained is None else [],
@@ -373,7 +385,7 @@ def print_table(records: list[dict[str, Any]], wanted: set[str]) -> None:
         values = [record["accuracy"] for record in group]
         colours = [record["colour_accuracy"] for record in group if first["task"].get("colours")]
         task = ", ".join(f"{k} {v}" for k, v in first["task"].items() if v != getattr(Task, k))
-        kept = f"{first['kept']}/{first['tokens']}"
+        kept = f"{first['kept']:g}/{first['tokens']}"
         every = f"every {first['every']} of {first['window']}" if first["every"] > 1 else None
         colour = f"colour {sum(colours) / len(colours):.1%}" if colours else None
         more = ", ".join(filter(None, [colour, task, first["alpha"] and f"α {first['alpha']}", every]))

@@ -39,6 +39,7 @@ class Task:
         speed: of the object, a frame.
         noise: standard deviation of the sensor's noise, drawn anew for every pixel and frame, of 255.
         camera: how far the photograph moves behind the discs, a frame, in a random direction.
+        resting: share of the clips, drawn clip by clip, whose camera rests all the same.
         flicker: standard deviation of each frame's brightness, as a share of it.
         action: share of the frames during which the object moves, from a random frame on; before and after it rests.
         colours: how many tints the resting disc can have, its label; 0 for a disc without tint or label.
@@ -50,6 +51,7 @@ class Task:
     speed: float = 3.0
     noise: float = 4.0
     camera: float = 0.0
+    resting: float = 0.0
     flicker: float = 0.0
     action: float = 1.0
     colours: int = 0
@@ -136,6 +138,8 @@ def make_chunk(task: Task, photos: Tensor, count: int, generator: torch.Generato
     corner = drawn(side - task.size, count, 1, 2)
     pan = torch.rand(count, 1, generator=generator) * 2 * math.pi
     pan = task.camera * torch.cat([pan.sin(), pan.cos()], dim=1)[:, None]  # (n, 1, 2)
+    if task.resting:  # nothing is drawn otherwise, or all that follows would differ
+        pan = pan * (torch.rand(count, 1, 1, generator=generator) >= task.resting)
     corner = corner + (pan * torch.arange(task.frames)[:, None]).round().long()  # (n, T, 2)
     rows, columns = ((corner[..., i, None] + along) % side for i in (0, 1))  # (n, T, size)
     if task.camera == 0:  # one background for all frames
@@ -147,7 +151,7 @@ def make_chunk(task: Task, photos: Tensor, count: int, generator: torch.Generato
     disc = (around[:, None] ** 2 + around**2 <= task.radius**2).nonzero() - task.radius  # (M, 2)
     clip, frame = torch.arange(count)[:, None, None], torch.arange(task.frames)[:, None]
     resting = drawn(task.size, count, 1, 2).expand(-1, task.frames, -1)
-    colours = drawn(task.colours, count) if task.colours else None  # nothing is drawn, or all that follows would differ
+    colours = drawn(task.colours, count) if task.colours else None
     for centre, colour in ((resting, colours), (places(task, labels, generator), None)):
         cut = drawn(side - 2 * task.radius, count, 1, 2) + task.radius + disc  # (n, M, 2)
         texture = photos[drawn(len(photos), count, 1), cut[..., 0], cut[..., 1]].float()  # (n, M, 3)

@@ -24,6 +24,8 @@ SELECTORS: dict[str, Callable[[float], Any]] = {
     "random": et.RandomSelector,
     "tube": et.TubeSelector,
     "running cell": et.RunningCellSelector,
+    "energy": et.EnergyBudget,
+    "run length": et.RunLengthSelector,
     **{distance: partial(et.ReRoSelector, distance=distance) for distance in ("l1", "cosine", "cka")},
 }
 KEEP_RATIOS = (0.05, 0.1, 0.15, 0.3, 0.6)
@@ -37,6 +39,9 @@ DRAWN_RATIOS = (0.2, 0.3, 0.45, 0.6, 1.0)  # one of them each step
 LARGE = Task(size=96, frames=8)  # large enough for the camera's motion to be found
 LARGE_STEPS = 400  # on a CPU a step of these frames takes seconds, most of them to find the camera's motion
 PANS = (0.0, 1.5, 3.0)
+MIXTURE = Task(camera=1.5, resting=0.5)  # clips with little change and clips in which everything changes
+# Of a budget its one number; untrained embeddings then keep 7 to 57 % of the tokens on average.
+BUDGETS = {"rero": KEEP_RATIOS, "energy": (0.3, 0.5, 0.7, 0.8, 0.95), "run length": (0.2, 0.6, 1.0)}
 HARDER = {"camera": (0.5, 1.5, 3.0), "flicker": (0.05, 0.1, 0.2), "noise": (16.0, 32.0, 64.0)}
 
 
@@ -45,7 +50,8 @@ class Run:
     """One model: pre-trained or not, then trained with labels.
 
     Attributes:
-        method, keep_ratio: the selector of the training with labels.
+        method, keep_ratio: the selector of the training with labels; of an "energy" budget `keep_ratio` is the share
+            that it covers, of "run length" the threshold.
         pretraining, pretraining_keep_ratio: the selector of the pre-training; None to train with all labels from
             scratch, "none" to train from scratch as others do after pre-training.
         window: frames that the clip has, out of the task's; None for all. Where it starts is drawn for each clip.
@@ -156,6 +162,7 @@ def experiments() -> dict[str, list[Run]]:
                 if trained == DRAWN or ratio < 1  # trained at 1 it is all tokens
             ),
         ],
+        "mixture": [Run("", MIXTURE, method, number) for method, numbers in BUDGETS.items() for number in numbers],
         "camera-96": [
             Run("", replace(LARGE, camera=pan), method, 0.15, steps=LARGE_STEPS)
             for pan in PANS

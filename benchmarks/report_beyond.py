@@ -1,4 +1,4 @@
-"""What goes beyond the paper on the motion task, in RESULTS.md: what never moves, one checkpoint, a moving camera."""
+"""What goes beyond the paper on the motion task, in RESULTS.md: what never moves, one checkpoint, budgets, cameras."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import figures
 from motion_clips import DIRECTIONS
-from motion_runs import ALL, DRAWN, DRAWN_RATIOS, LARGE, STILL
+from motion_runs import ALL, BUDGETS, DRAWN, DRAWN_RATIOS, LARGE, MIXTURE, STILL
 from pages import Page
 from step_rows import NAMES
 from table_text import Row, grouped, number, percent, table
@@ -21,6 +21,7 @@ def beyond(page: Page, rows: Sequence[Row], caption: str, suffix: str) -> None:
     coloured = [row for row in rows if row["task"]["colours"]]
     appearance(page, coloured, caption, suffix)
     page.add(one_checkpoint(coloured))
+    budgets(page, matching(rows, task=asdict(MIXTURE)), caption, suffix)
     page.add(camera(rows))
 
 
@@ -90,6 +91,34 @@ def one_checkpoint(rows: Sequence[Row]) -> Iterator[str]:
         lines.append([*cells, *scores(mine), *scores(matching(rows, trained=None, **alone))])
     titles = [f"{label}, {how}" for how in ("one model", "a model a ratio") for _, label in LABELS]
     yield from table(["tokens", "ρ", "kept", *titles], lines)
+
+
+def budgets(page: Page, rows: Sequence[Row], caption: str, suffix: str) -> None:
+    """As many tokens as each clip needs, or the same share of each: accuracy against their mean."""
+    if not rows:
+        return
+    order = sorted(rows, key=lambda row: (list(BUDGETS).index(row["method"]), row["keep_ratio"]))
+    lines, lines_of = [], {}
+    for (method, setting), mine in grouped(order, lambda row: (row["method"], row["keep_ratio"])).items():
+        kept = sum(row["kept"] for row in mine) / len(mine)
+        accuracy = [row["accuracy"] for row in mine]
+        lines_of.setdefault(method, []).append((kept, accuracy))
+        lines.append([NAMES[method], f"{setting:g}", f"{kept:.1f}/{mine[0]['tokens']}", percent(accuracy)])
+    page.add(
+        [
+            "### As many tokens as each clip needs",
+            "",
+            f"Of {MIXTURE.resting:.0%} of the clips the camera rests, of the others it moves by {MIXTURE.camera:g} "
+            "pixels a frame, so that little changes in some and everything in others. The setting is the keep ratio of "
+            "ReRo, the share that an `EnergyBudget` covers, the threshold of a `RunLengthSelector`; kept is the mean "
+            "over test clips and models.",
+            "",
+        ]
+    )
+    panel = {f"tokens kept of {rows[0]['tokens']}, mean of the test clips": lines_of}
+    figure = figures.failures(panel, 1 / DIRECTIONS, f"motion task, camera of half the clips moving; {caption}")
+    page.draw(f"motion-budgets{suffix}", figure, "Accuracy against the mean number of tokens")
+    page.add(table(["tokens", "setting", "kept", "accuracy"], lines))
 
 
 def camera(rows: Sequence[Row]) -> Iterator[str]:

@@ -16,6 +16,8 @@ NAMES = {
     "random": "random (ST-MAE)",
     "tube": "tube (VideoMAE)",
     "running cell": "running cell (V2)",
+    "energy": "energy budget",
+    "run length": "run length (RLT)",
     "ascending": "least changed",
     "all tokens": "all tokens",
     "videomae": "VideoMAE, 90 % tube",

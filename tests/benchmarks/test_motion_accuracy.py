@@ -14,7 +14,7 @@ import pytest
 import torch
 from motion_accuracy import Batches, Settings, accuracies, clips_of, fit
 from motion_clips import TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
-from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs, key_of
+from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, MIXTURE, NONE, SELECTORS, Run, chosen_runs, key_of
 from torch import nn
 from torchvision.transforms import v2
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
@@ -77,6 +77,9 @@ def test_the_runs_of_the_papers_figures_and_tables():
 
 def test_the_selectors_are_what_their_names_say():
     kinds = {name: make(0.5) for name, make in SELECTORS.items()}
+    energy, run_length = kinds.pop("energy"), kinds.pop("run length")
+    assert (type(energy), energy.cover, type(run_length)) == (et.EnergyBudget, 0.5, et.RunLengthSelector)
+    assert run_length.threshold == 0.5
     assert all(kind.keep_ratio == 0.5 for kind in kinds.values())
     compensated = kinds.pop("rero compensated")
     assert (type(compensated), compensated.camera, kinds["rero"].camera) == (et.ReRoSelector, "compensate", "ignore")
@@ -481,6 +484,17 @@ def test_methods_differ_in_the_selector_alone(fits):
     assert all(torch.equal(value, fits[-1].begin[name]) for name, value in first.begin.items())
     train(Run("", Task(), ALL, seed=3), PHASES, CPU)
     assert not torch.equal(fits[-1].begin["classifier.weight"], first.begin["classifier.weight"])
+
+
+def test_a_budget_is_recorded_with_the_mean_of_what_it_keeps(fits):
+    run = Run("mixture", MIXTURE, "energy", 0.5, seed=2)
+    record = train(run, PHASES, CPU)
+    test = Batches(run, PHASES, CPU, training=False)
+    kept = [len(et.select_tokens(fits[0].model, test.take(torch.tensor([i]))[0]).kept[0]) for i in range(16)]
+    assert len(test.labels) == 16
+    assert len(set(kept)) > 1
+    assert record["kept"] == sum(kept) / 16
+    assert record["gflops"] == et.count_flops(fits[0].model, round(record["kept"])).total / 1e9
 
 
 def test_one_training_is_tested_with_every_selector(fits):

@@ -15,7 +15,7 @@ import motion_clips
 import pytest
 import torch
 from motion_clips import TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, places, turned
-from scipy.stats import chi2_contingency, chisquare
+from scipy.stats import binomtest, chi2_contingency, chisquare
 from torch import Tensor
 
 import everest_tokens as et
@@ -197,6 +197,16 @@ def test_the_camera_pans_in_one_direction(speed):
     assert (aside.abs() <= 2 * half).all()
     assert ((shift * last).sum(-1) >= travelled - 2 * half).all()  # not there and back
     assert len(torch.unique((last > 0).byte(), dim=0)) == 4  # all quadrants
+
+
+def test_the_camera_rests_in_a_share_of_the_clips():
+    clips, labels = make_clips(replace(CLEAN, camera=3.0, resting=0.25), charts(), 400, seeded(9))
+    corner, _ = backgrounds(clips)
+    travelled = wrapped(corner - corner[:, :1], SIDE).norm(dim=-1)  # (n, T)
+    rests = (travelled == 0).all(dim=1)
+    assert (travelled[~rests, 1:] > 0).all()
+    assert binomtest(int(rests.sum()), 400, 0.25).pvalue > 1e-3
+    assert chi2_contingency([torch.bincount(labels[rests == one], minlength=8) for one in (0, 1)]).pvalue > 1e-3
 
 
 def test_the_cameras_direction_says_nothing_of_the_label():

@@ -17,7 +17,7 @@ from documents import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from motion_accuracy import Settings
-from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, LARGE, Run, chosen_runs, key_of
+from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, LARGE, MIXTURE, Run, chosen_runs, key_of
 from pages import documents, on_gpu, rows_of
 from PIL import Image
 from step_rows import mark_cases
@@ -378,10 +378,16 @@ def test_what_never_moves_one_checkpoint_and_the_camera_from_records_by_hand(tmp
     }
     large |= {"colour_accuracy": None, "curve": []}
     records += [large | {"accuracy": 0.4}, large | {"method": "rero compensated", "accuracy": 0.6}]
+    mixed = large | asdict(Run("", MIXTURE, "rero", 0.3)) | {"tokens": 128, "kept": 38, "accuracy": 0.5}
+    energy = mixed | {"method": "energy", "keep_ratio": 0.7, "kept": 36.25, "accuracy": 0.3}
+    records += [mixed, energy, energy | {"seed": 1, "kept": 37.25, "accuracy": 0.4}]
     settings = {"patch": 12, "batch_size": 32, "steps": Settings.steps}
     text = page(tmp_path, motion_accuracy={"settings": settings, "runs": records})
     moving, rest = text.split("### What never moves")[1].split("### One checkpoint")
-    checkpoint, camera = rest.split("### A moving camera, frames of 96 pixels")
+    checkpoint, rest = rest.split("### As many tokens as each clip needs")
+    budgets, camera = rest.split("### A moving camera, frames of 96 pixels")
+    assert line_of(budgets, "| EVEREST (ReRo) |")[1:] == ["0.3", "38.0/128", "50.0%"]
+    assert line_of(budgets, "| energy budget |")[1:] == ["0.7", "36.8/128", "35.0% (30.0%–40.0%)"]
     assert "Chance is 12.5% for the motion and" in moving
     whole = ["81.0% (80.0%–82.0%)", "90.0% (87.5%–92.5%)"]
     assert line_of(moving, "| all tokens |") == ["all tokens", "–", "128/128", *whole, "–", "–"]
@@ -395,7 +401,7 @@ def test_what_never_moves_one_checkpoint_and_the_camera_from_records_by_hand(tmp
     assert "With more steps" not in text
     assert line_of(camera, "| 1.5 |") == ["1.5", "40.0%", "60.0%"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
-        f"motion-{what}.png" for what in ("appearance-at-test", "appearance", "clips")
+        f"motion-{what}.png" for what in ("appearance-at-test", "appearance", "budgets", "clips")
     ]
     old = [record for record in motion_records() if record["experiment"] == "keep-ratio"]
     for record in old:  # as it was before there were colours
