@@ -173,7 +173,9 @@ def ways_to_run(model: Any, recipe: TestRecipe) -> dict[Way, TokenSelector]:
     if not recipe.keep_ratios:
         return {(type(own).__name__, own.keep_ratio): own}
     ways = {}
-    for selector in (own, *(BASELINES[name](1.0) for name in recipe.baselines)):
+    for selector in (copy.deepcopy(own), *(BASELINES[name](1.0) for name in recipe.baselines)):
+        if getattr(selector, "keep_tokens", None) is not None:
+            selector.keep_ratio = recipe.keep_ratios[0]  # shares were asked for, in place of the number
         model.everest.selector = selector
         check_model(model, recipe.keep_ratios)
         for ratio in recipe.keep_ratios:

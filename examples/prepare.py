@@ -4,7 +4,7 @@ python examples/prepare.py ucf101|hmdb51|k400|ssv2|oscc ROOT OUT_DIR [--split 1]
 
 writes OUT_DIR/train.csv, val.csv and test.csv in the format that video_list.py reads, with paths relative to ROOT. Each
 data set has one held-out part with public labels that papers report on, so val.csv and test.csv list the same videos.
-With --count-tokens MODEL, a model that was saved with a budget for each clip (`EnergyBudget`), also train.tokens: how
+With --count_tokens MODEL, a model that was saved with a budget for each clip (`EnergyBudget`), also train.tokens: how
 many tokens it keeps of the middle of each video, a line each, which token_budget.py makes batches by.
 """
 
@@ -177,7 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-missing", action="store_true", help="leave annotated videos out whose file is missing (else an error)"
     )
-    parser.add_argument("--count-tokens", metavar="MODEL", help="a saved model whose budget's tokens are counted")
+    parser.add_argument(
+        "--count_tokens", "--count-tokens", metavar="MODEL", help="a saved model whose budget's tokens are counted"
+    )
     parser.add_argument("--stride", type=int, default=4, help="of the frames that are counted (default: 4)")
     options = parser.parse_args(arguments)
     try:

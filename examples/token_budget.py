@@ -1,6 +1,6 @@
 """Batches of nearly equally many tokens, for models whose clips each keep their own number (`EnergyBudget`).
 
-How many tokens a clip keeps is counted once, `python examples/prepare.py … --count-tokens MODEL`, and read again:
+How many tokens a clip keeps is counted once, `python examples/prepare.py … --count_tokens MODEL`, and read again:
 
     counts = read_counts("lists/train.tokens", len(entries))
     sampler = TokenBudgetSampler(counts, tokens=8 * 512, seed=0)
