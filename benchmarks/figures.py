@@ -127,12 +127,12 @@ def memory_by_size(rows: Sequence[Row], caption: str) -> Figure:
 
 
 def speedup(rows: Sequence[Row], caption: str) -> Figure:
-    """Realised speed-up of a step against the limit that the forward's multiply–accumulates set."""
+    """How much faster a step is, against the ratio of the forwards' products (multiply–accumulates)."""
     figure, axes = panels(len(phases_of(rows)), caption, height=4.0)
     for axis, phase in zip(axes, phases_of(rows), strict=True):
         mine = [r for r in rows if r["phase"] == phase and not r["baseline"] and r["step_ratio"]]
         most = max([2.2, *(1 / r["gflops_ratio"] for r in mine), *(1 / r["step_ratio"] for r in mine)]) * 1.05
-        axis.plot([1, most], [1, most], color="0.6", linewidth=1, label="the FLOPs' limit")
+        axis.plot([1, most], [1, most], color="0.6", linewidth=1, label="the ratio of products")
         axis.plot([1, most], [1 / 1.05, most / 1.05], color="0.6", linewidth=1, linestyle=":", label="5 % below")
         for method in dict.fromkeys(r["method"] for r in mine):
             points = [(1 / r["gflops_ratio"], 1 / r["step_ratio"], r) for r in mine if r["method"] == method]

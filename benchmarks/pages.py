@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from table_text import Row
+from table_text import Row, table
 
 
 def documents(folder: Path, stem: str) -> list[dict[str, Any]]:
@@ -27,21 +27,11 @@ def rows_of(found: Sequence[dict[str, Any]]) -> list[Row]:
     Raises:
         ValueError: a file without runs.
     """
-    keys = ("device", "file", "world_size", "settings")
+    keys = ("device", "file", "date", "world_size", "settings")
     for document in found:
         if "runs" not in document:
             raise ValueError(f"{document['file']} has no runs: written by an older script, measure again")
     return [run | {key: document.get(key) for key in keys} for document in found for run in document["runs"]]
-
-
-def sources(found: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Where the numbers of a section come from: command, device, versions, date."""
-    for one in found:
-        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-        device = f"{one['device']}; " if "device" in one else ""
-        date = f"; {one['date']}" if "date" in one else ""
-        yield f"- `{one['command']}` → `results/{one['file']}`: {device}{versions}{date}"
-    yield ""
 
 
 class Page:
@@ -51,6 +41,7 @@ class Page:
         self.out = out
         self.lines: list[str] = []
         self.noted: set[Path] = set()
+        self.cited: dict[str, dict[str, Any]] = {}
 
     def add(self, lines: Iterable[str]) -> None:
         self.lines += lines
@@ -67,6 +58,18 @@ class Page:
         files = [document["file"] for document in found]
         paths = sorted(folder.glob("notes_*.md"))
         self.add_notes(path for path in paths if any(f"_{path.stem.removeprefix('notes_')}" in file for file in files))
+
+    def cite(self, found: Iterable[dict[str, Any]]) -> None:
+        """Documents that a section shows, which `sources` lists."""
+        self.cited.update((document["file"], document) for document in found)
+
+    def sources(self) -> Iterator[str]:
+        """Where the numbers come from: a line a file."""
+        lines = []
+        for file, one in self.cited.items():
+            versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+            lines.append([f"`{file}`", f"`{one['command']}`", one.get("device", "–"), versions, one.get("date", "–")])
+        yield from table(["results/", "command", "device", "versions", "date"], lines)
 
     def draw(self, name: str, figure: Any, alt: str) -> None:
         path = self.out.parent / "figures" / f"{name}.png"

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import figures
 from documents import RESULTS
-from pages import Page, documents, on_gpu, rows_of, sources
+from pages import Page, documents, on_gpu, rows_of
 from report_camera import camera
 from report_motion import motion
 from report_steps import steps
@@ -30,14 +29,18 @@ def compute(page: Page, folder: Path) -> None:
     """Tables 1, 5, 10, 11, 12, 15 and Figure 1 (a)."""
     for document in documents(folder, "gflops"):
         rows = document["figures"]
-        worst = max((row["difference_percent"] for row in rows), key=abs)
+        worst, counter = (
+            max((row[name] for row in rows), key=abs)
+            for name in ("difference_percent", "from_flop_counter_mode_percent")
+        )
         page.add(
             [
                 "## GFLOPs of every table",
                 "",
                 "One forward of one clip, in multiply–accumulates of linear and attention products, which is what the "
-                "paper calls GFLOPs. Models are on the meta device; torch's `FlopCounterMode` counts the same forward. "
-                f"Largest difference from the paper: {worst:+.2f} % ({len(rows)} figures). "
+                "paper calls GFLOPs. Models are on the meta device. "
+                f"Largest difference from the paper: {worst:+.2f} % ({len(rows)} figures); from torch's own "
+                f"`FlopCounterMode`: {counter:+.2f} %. "
                 "Pre-training has decoder depth 4; VideoMAE's encoder sees 160 of 1568 tokens (392 at 75 %), EVEREST's "
                 "156. Table 1's pre-training column is keep ratio 0.4, Tables 10, 12 and 15 are 0.3. ST-MAE's 46.1† "
                 "and other methods' rows are not counted: their configuration isn't given.",
@@ -45,28 +48,25 @@ def compute(page: Page, folder: Path) -> None:
             ]
         )
         page.draw("gflops", figures.gflops(rows), "GFLOPs of VideoMAE and EVEREST, counted, beside the paper's")
-        titles = ["table", "what", "phase", "ρ_pre", "counted", "FlopCounterMode", "paper", "difference"]
-        page.add(table(titles, map(gflops_cells, grouped(rows, figure_of).values())))
-        page.add(sources([document]))
-
-
-def figure_of(row: Row) -> tuple[Any, ...]:
-    """What tells it from the others: one that two of the paper's tables print is one line."""
-    return tuple(row[key] for key in ("what", "size", "frames", "phase", "keep_ratio", "gflops", "paper"))
+        by_count = grouped(rows, lambda row: (row["phase"], row["size"], row["frames"], round(row["gflops"], 2)))
+        titles = ["", "phase", "ρ_pre", "counted", "paper", "tables", "largest difference"]
+        page.add(table(titles, map(gflops_cells, by_count.values())))
+        page.cite([document])
 
 
 def gflops_cells(same: list[Row]) -> list[str]:
+    """What cost the same, whatever the paper's tables call it."""
     row = same[0]
     frames = "" if row["frames"] == 16 else f", {row['frames']} frames"
+    names = dict.fromkeys(one["what"] for one in same)
     return [
-        ", ".join(one["table"] for one in same),
-        f"{row['what']}, ViT-{row['size']}{frames}",
+        f"{' or '.join(names)}, ViT-{row['size']}{frames}",
         row["phase"],
         number(row["keep_ratio"], ".1f"),
         f"{row['gflops']:.2f}",
-        f"{row['flop_counter_mode']:.2f}",
-        f"{row['paper']:g}†",
-        f"{row['difference_percent']:+.2f} %",
+        ", ".join(dict.fromkeys(f"{one['paper']:g}†" for one in same)),
+        ", ".join(sorted({one["table"] for one in same}, key=int)),
+        f"{max((one['difference_percent'] for one in same), key=abs):+.2f} %",
     ]
 
 
@@ -96,7 +96,7 @@ def hosts(page: Page, folder: Path) -> None:
             for run in document["runs"]
         ]
         page.add(table(["", "kept tokens", "multiply–accumulates", "time of a step", "time of a forward"], lines))
-    page.add(sources(found))
+    page.cite(found)
 
 
 def selection_cost(page: Page, folder: Path) -> None:
@@ -109,22 +109,30 @@ def selection_cost(page: Page, folder: Path) -> None:
             "## What selecting costs",
             "",
             "`policy.select` in whole (importance, top-k, the split into visible and target) and the gather of the "
-            "kept embeddings, as a share of ReRo's step, measured in the same run; milliseconds for a batch. "
-            "Embedding is the model's whole one of the clips, with distance l2: tubelets, selection, gather, "
-            "positions; launches are its operators, those that only view memory aside, and on a GPU its kernels.",
+            "kept embeddings, as a share of ReRo's step, measured in the same run, by distance; milliseconds for a "
+            "batch, of l2. Embedding is the model's whole one of the clips, with distance l2: tubelets, selection, "
+            "gather, positions; launches are its operators, those that only view memory aside, and on a GPU its "
+            "kernels.",
             "",
         ]
     )
     page.add_notes_on(found, folder)
-    titles = ["", "distance", "importance", "top-k", "gather", "select", "share of the step", "embedding", "launches"]
-    page.add(table([*titles, "target"], map(selection_cells, rows_of(found))))
-    page.add(sources(found))
+    rows = rows_of(found)
+    names = list(dict.fromkeys(row["distance"] for row in rows))
+    cases = grouped(rows, lambda row: (row["file"], model_of(row), circumstances(row)))
+    titles = ["", *(f"share, {name}" for name in names), "importance", "top-k", "gather", "select"]
+    lines = [selection_cells(mine, names) for mine in cases.values()]
+    page.add(table([*titles, "embedding", "launches", "target"], lines))
+    page.cite(found)
 
 
-def selection_cells(row: Row) -> list[str]:
+def selection_cells(mine: list[Row], names: list[str]) -> list[str]:
+    """A case in one line: each distance's share, and the parts of the first one, which is l2."""
+    by_name, row = {one["distance"]: one for one in mine}, mine[0]
+    shares = [f"{by_name[name]['share']:.3%}" if name in by_name else "–" for name in names]
     parts = [f"{1e3 * row[f'{part}_seconds']:.2f}" for part in ("importance", "top_k", "gather", "select")]
-    cells = [f"{model_of(row)}, {circumstances(row)}", row["distance"], *parts, f"{row['share']:.3%}"]
-    if row["distance"] != "l2" or row.get("embedding_seconds") is None:
+    cells = [f"{model_of(row)}, {circumstances(row)}", *shares, *parts]
+    if row.get("embedding_seconds") is None:
         return [*cells, "–", "–", ""]
     counts = [(row["embedding_operators"], "operators"), (row["embedding_kernels"], "kernels")]
     launched = ", ".join(f"{count} {what}" for count, what in counts if count is not None)
@@ -148,7 +156,7 @@ def loading(page: Page, folder: Path) -> None:
         for one in document["results"]
     ]
     page.add(table(["clips", "usual, clips/s", "examples/clips.py, clips/s", "ratio"], lines))
-    page.add(sources(found))
+    page.cite(found)
 
 
 def shards(page: Page, folder: Path) -> None:
@@ -175,7 +183,7 @@ def shards(page: Page, folder: Path) -> None:
             for run in document["runs"]
         ]
         page.add(table(["16×4 clips of", "files, clips/s", "shards, clips/s", "ratio"], lines))
-    page.add(sources(found))
+    page.cite(found)
 
 
 SECTIONS = (compute, steps, hosts, selection_cost, camera, motion, loading, shards)
@@ -201,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for section in tqdm(SECTIONS, desc="sections", unit="section"):
         section(page, options.results)
+    page.add(["## How it was measured", "", *page.sources()])
     page.write()
     print(f"written to {options.out}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import figures
-from pages import Page, documents, on_gpu, rows_of, sources
+from pages import Page, documents, on_gpu, rows_of
 from step_rows import circumstances, model_of
 from table_text import Row, grouped, percent, table
 from targets import CAMERA_TARGETS, camera_target
@@ -50,7 +50,7 @@ def camera(page: Page, folder: Path) -> None:
         page.add(table([*titles, "target"], map(cost_cells, costs)))
         if not any(camera_target(row, True) for row in costs if on_gpu(row)):
             page.add([f"Not measured yet on a GPU: ≤ {CAMERA_TARGETS['cuda']:g} ms with 32 clips in bfloat16.", ""])
-    page.add(sources(found))
+    page.cite(found)
 
 
 def by_path(rows: Sequence[Row]) -> Iterator[str]:

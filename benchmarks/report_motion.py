@@ -10,7 +10,7 @@ from typing import Any
 import figures
 from motion_clips import DIRECTIONS, Task, share_with_motion
 from motion_runs import completed
-from pages import Page, documents, rows_of, sources
+from pages import Page, documents, rows_of
 from report_beyond import beyond
 from step_rows import NAMES
 from table_text import Row, grouped, number, percent, table
@@ -64,7 +64,7 @@ def motion_document(page: Page, document: dict[str, Any]) -> None:
         page.add(ablation(rows))
     failures(page, from_scratch(rows), caption, suffix)
     beyond(page, everything, caption, suffix)
-    page.add(sources([document]))
+    page.cite([document])
 
 
 def of(rows: Iterable[Row], **wanted: Any) -> list[float]:
@@ -201,24 +201,27 @@ def lengths(rows: Sequence[Row]) -> Iterator[str]:
         yield from section("16 or 24 frames (Table 12), keep ratio 0.3", header, lines)
 
 
-def _level(name: str, row: Row) -> tuple[float, str]:
-    return row["task"][name], row["method"]
+def _level(name: str, row: Row) -> float:
+    return row["task"][name]
 
 
 def failures(page: Page, rows: Sequence[Row], caption: str, suffix: str) -> None:
     """Camera motion, flicker, noise: from scratch, at 15 % of the tokens and with all."""
     panels: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
     lines = []
-    wanted = [row for row in rows if (row["method"], row["keep_ratio"]) in (("all tokens", None), ("rero", 0.15))]
+    methods = {"rero": 0.15, "all tokens": None}
+    wanted = [row for row in rows if methods.get(row["method"], 0) == row["keep_ratio"]]
     for name, (title, scale) in HARDER.items():
-        same = sorted(usual_task(wanted, name), key=partial(_level, name))
-        levels = grouped(same, partial(_level, name))
-        if len({level for level, _ in levels}) < 2:
+        levels = grouped(sorted(usual_task(wanted, name), key=partial(_level, name)), partial(_level, name))
+        if len(levels) < 2:
             continue
-        for (level, method), mine in levels.items():
-            panels.setdefault(title, {}).setdefault(method, []).append((scale * level, [r["accuracy"] for r in mine]))
+        for level, mine in levels.items():
+            both = {method: of(mine, method=method) for method in methods}
+            for method, found in both.items():
+                if found:
+                    panels.setdefault(title, {}).setdefault(method, []).append((scale * level, found))
             if level != getattr(Task, name):  # the task as it is stands above
-                lines.append([title, f"{scale * level:g}", NAMES[method], accuracies(mine)])
+                lines.append([title, f"{scale * level:g}", *map(percent, both.values())])
     if not panels:
         return
     page.add(
@@ -234,4 +237,4 @@ def failures(page: Page, rows: Sequence[Row], caption: str, suffix: str) -> None
     )
     figure = figures.failures(panels, 1 / DIRECTIONS, f"motion task, {caption}")
     page.draw(f"motion-failures{suffix}", figure, "Accuracy under camera motion, flicker and noise")
-    page.add(table(["what", "how much", "tokens", "accuracy"], lines))
+    page.add(table(["what", "how much", *(NAMES[method] for method in methods)], lines))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import figures
-from cases import SIZES
-from pages import Page, documents, on_gpu, rows_of, sources
+from cases import PHASES, SIZES
+from pages import Page, documents, on_gpu, rows_of
 from step_rows import NAMES, circumstances, clips, mark_cases, memory_of, step_table
 from table_text import Row, grouped, number, table
 from targets import STEP_TARGET, unmeasured
@@ -28,12 +29,13 @@ TABLE_4 = {"seconds": (18 * 60 + 42, 8 * 60 + 18), "memory": (150.3, 66.3)}
 TABLE_5 = {"memory": (362.5, 178.4)}
 INTRODUCTION = f"""## What a step costs
 
-In training forward, backward and fused AdamW, in inference a classifier's forward alone. Ratios are to the \
-unpatched model: all tokens in fine-tuning and inference, VideoMAE's 90 % tube mask in pre-training (decoder depth \
-4). Methods of a case take turns on one set of weights; a ratio is the median over the turns, quartiles in brackets. \
-The limit is the ratio of forward GFLOPs; the target is a step at most {STEP_TARGET} × that, and on a GPU what \
-stands in the line. Peaks are summed over the GPUs of a run. What a compiled graph saves for backward isn't counted; \
-compiled, the unpatched pre-training model breaks its graph at its boolean masks, a patched one is one graph. \
+In training forward, backward and fused AdamW, in inference a classifier's forward alone. A line says what the kept \
+tokens make of the unpatched model's step, of all tokens in fine-tuning and inference, of VideoMAE's 90 % tube mask in \
+pre-training (decoder depth 4). Where no other method is named, ReRo chooses. Methods of a case take turns on one set \
+of weights; a share is the median over the turns, quartiles in brackets. The target is a step's share of at most \
+{STEP_TARGET} × the GFLOPs', and on a GPU what stands in the line. Peaks are summed over the GPUs of a run. What a \
+compiled graph saves for backward isn't counted; compiled, the unpatched pre-training model breaks its graph at its \
+boolean masks, a patched one is one graph. Of a case that was measured again on a device the newest stands. \
 `train_step.py` in a command is `step_cost.py` by its former name.
 """
 BESIDE = """### The paper's Tables 3, 4 and 5
@@ -47,14 +49,18 @@ is Table 1's memory, whose GFLOPs are those of keep ratio 0.4; ours is 0.3.
 
 def steps(page: Page, folder: Path) -> None:
     found = documents(folder, "step_cost")
-    rows = mark_cases(rows_of(found))
+    everything = mark_cases(rows_of(found))
+    rows = newest(everything)
     page.add([*INTRODUCTION.splitlines(), ""])
     page.add_notes_on(found, folder)
-    for caption, mine in grouped(rows, circumstances).items():
-        page.add([f"### {caption}", ""])
+    for phase in PHASES:
+        mine = [row for row in rows if row["phase"] == phase]
+        for more, usual in (("", True), (": other keep ratios and lengths", False)):
+            shown = [row for row in mine if (row["usual"] and row["frames"] == 16) == usual]
+            if shown:
+                page.add([f"### {phase.capitalize()}{more}", "", *step_table(shown, on_gpu)])
+    for caption, mine in grouped(everything, circumstances).items():  # a sweep is of one run
         pictures(page, [row for row in mine if not row["out_of_memory"]], caption)
-        for file, its in grouped(mine, lambda row: row["file"]).items():
-            page.add([f"`{file}`:", "", *step_table(its, on_gpu(its[0]))])
     selections = rows_of(documents(folder, "selection_cost"))
     missing = list(unmeasured(filter(on_gpu, rows), filter(on_gpu, selections)))
     if missing:
@@ -63,7 +69,22 @@ def steps(page: Page, folder: Path) -> None:
     page.add_notes([folder / "notes.md"])
     page.add(paper_tables())
     page.add(table_3(rows))
-    page.add(sources(found))
+    page.cite(found)
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Each method of a case once for each device, precision and mode, with the baseline of its own run."""
+    last: dict[Any, Row] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        last[_case_of(row)] = row
+    shown = {id(row) for row in last.values() if not row["baseline"]}
+    cases = {row["case"] for row in last.values() if id(row) in shown}
+    return [row for row in rows if id(row) in shown or (row["baseline"] and row["case"] in cases)]
+
+
+def _case_of(row: Row) -> tuple[Any, ...]:
+    names = ("size", "phase", "frames", "image_size", "batch_size", "method", "keep_ratio")
+    return (circumstances(row), *(row[name] for name in names))
 
 
 def slug(device: str) -> str:
@@ -76,7 +97,7 @@ def pictures(page: Page, rows: Sequence[Row], caption: str) -> None:
     main = [row for row in rows if row["frames"] == 16 and row["usual"] and row["step_ratio"] is not None]
     if len({(row["size"], row["phase"]) for row in main}) > 1:  # one pair of numbers needs no picture
         if any(not row["baseline"] for row in main):
-            alt = "Realised speed-up against the FLOPs' limit"
+            alt = "How much faster a step is, against the ratio of products"
             page.draw(f"speedup-{name}", figures.speedup(main, caption), alt)
         largest = sorted(largest_batches(main), key=lambda row: list(SIZES).index(row["size"]))
         largest = [row for row in largest if memory_of(row)]

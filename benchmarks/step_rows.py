@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from cases import PHASES
+from cases import PHASES, SIZES
 from table_text import Row, gigabytes, number, table, three_digits, with_quartiles
 from targets import step_targets
 
@@ -22,17 +23,17 @@ NAMES = {
     "all tokens": "all tokens",
     "videomae": "VideoMAE, 90 % tube",
 }
-TITLES = ("", "ρ", "kept", "GFLOPs", "ratio", "step, {unit}", "ratio", "clips/s")
-TITLES += ("saved for backward, GB", "ratio", "peak, GB", "ratio", "target")
+TITLES = ("", "on", "kept", "GFLOPs, share", "a step", "share", "saved for backward, share")
+TITLES += ("peak, GB", "share", "target")
 
 
 def clips(row: Row) -> str:
     return f"{row['batch_size']} clip{'' if row['batch_size'] == 1 else 's'}"
 
 
-def model_of(row: Row) -> str:
+def model_of(row: Row, phase: bool = True) -> str:
     frames = f" of {row['frames']} frames" if row.get("frames", 16) != 16 else ""
-    return f"ViT-{row['size']} {row['phase']}, {clips(row)}{frames}"
+    return f"ViT-{row['size']}{' ' + row['phase'] if phase else ''}, {clips(row)}{frames}"
 
 
 def circumstances(row: Row) -> str:
@@ -69,25 +70,35 @@ def _share(row: Row, baseline: Row) -> float | None:
     return own / its if own and its else None
 
 
-def step_table(rows: Sequence[Row], gpu: bool) -> Iterator[str]:
-    """Rows of `mark_cases`, in seconds, or milliseconds where no step takes a second."""
-    short = all(row["median_seconds"] < 1 for row in rows if not row["out_of_memory"])
-    unit, scale = ("ms", 1e3) if short else ("s", 1)
-    yield from table([title.format(unit=unit) for title in TITLES], [_cells(row, scale, gpu) for row in rows])
+def step_table(rows: Sequence[Row], gpu: Callable[[Row], bool]) -> Iterator[str]:
+    """Rows of `mark_cases`, each method beside its case's baseline, which has no line of its own."""
+    baselines = {row["case"]: row for row in rows if row["baseline"]}
+    others = sorted((row for row in rows if not row["baseline"]), key=lambda row: _order(row, gpu(row)))
+    yield from table(TITLES, [_cells(row, baselines[row["case"]], gpu(row)) for row in others])
 
 
-def _cells(row: Row, scale: float, gpu: bool) -> list[str]:
-    what = f"{model_of(row)}, {NAMES[row['method']]}"
+def _order(row: Row, gpu: bool) -> tuple[Any, ...]:
+    """A GPU's first, then by model and clips."""
+    return not gpu, circumstances(row), list(SIZES).index(row["size"]), row["batch_size"], row["frames"], row["kept"]
+
+
+def _cells(row: Row, baseline: Row, gpu: bool) -> list[str]:
+    what = model_of(row, phase=False) + ("" if row["method"] == "rero" else f", {NAMES[row['method']]}")
     what += " (without CUDA graphs)" if row.get("cuda_graphs") is False else ""
-    cells = [what, number(row["keep_ratio"], ".2f"), f"{row['kept']}/{row['tokens']}"]
-    cells += [f"{row['gflops']:.1f}", number(row["gflops_ratio"])]
-    target = "; ".join(map(str, step_targets(row, gpu)))
-    if row["out_of_memory"]:
-        return [*cells, "out of memory", *["–"] * 6, target]
-    cells += [
-        three_digits(scale * row["median_seconds"]),
-        with_quartiles(row["step_ratio"], row["step_ratio_quartiles"]),
-    ]
-    cells += [three_digits(row["clips_per_second"]), gigabytes(row["saved_bytes"]), number(row["saved_ratio"])]
-    peak = row["peak_allocated_bytes"]
-    return [*cells, gigabytes(peak), number(None if peak is None else row["memory_ratio"]), target]
+    cells = [what, circumstances(row), f"{row['kept'] / row['tokens']:.1%}", number(row["gflops_ratio"])]
+    cells += [_time_from_to(baseline, row), with_quartiles(row["step_ratio"], row["step_ratio_quartiles"])]
+    cells += [number(row["saved_ratio"]), _peak_from_to(baseline, row)]
+    share = None if row["peak_allocated_bytes"] is None else row["memory_ratio"]
+    return [*cells, number(share), "; ".join(map(str, step_targets(row, gpu)))]
+
+
+def _time_from_to(*rows: Row) -> str:
+    """In milliseconds where neither takes a second."""
+    seconds = [None if row["out_of_memory"] else row["median_seconds"] for row in rows]
+    scale, unit = (1e3, "ms") if all(each is None or each < 1 for each in seconds) else (1, "s")
+    return " → ".join("out of memory" if each is None else three_digits(scale * each) for each in seconds) + f" {unit}"
+
+
+def _peak_from_to(*rows: Row) -> str:
+    peaks = [row["peak_allocated_bytes"] for row in rows]
+    return "–" if peaks == [None, None] else " → ".join(map(gigabytes, peaks))
