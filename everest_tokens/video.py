@@ -71,12 +71,12 @@ def load_views(
 ) -> Tensor:
     """Load several views of a video for a test: float32 (clips·crops, num_frames, 3, *size), a clip's crops in turn.
 
+    Arguments that aren't listed are `load_clip`'s, and so is what is raised.
+
     Args:
         clips: of `view_indices`.
         crops: 1 in the middle, or 3 at the ends and in the middle of what the crop leaves over.
         stride: 0 takes a frame from each of `num_frames` equal segments.
-
-        The others are `load_clip`'s, and so is what is raised.
     """
     if crops not in (1, 3):
         raise ValueError(f"crops must be 1 or 3, got {crops!r}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = ("everest_tokens", "examples", "benchmarks", "scripts", ".ci", ".github")
+PLACES = ("everest_tokens", "examples", "benchmarks", "docs", "scripts", ".ci", ".github")
 TEXTS = [
     *ROOT.glob("*.md"),
     *(

@@ -16,7 +16,7 @@ def decodes() -> bool:
 
 
 def for_pipeline(video: Path, num_frames: int) -> Any:
-    """The path, or the frames that the README's other way gives to the pipeline."""
+    """The path, or the frames that docs/using-a-model.md gives to the pipeline."""
     if decodes():
         return str(video)
     from transformers.video_utils import load_video

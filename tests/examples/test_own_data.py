@@ -91,7 +91,7 @@ def small(videos: Path, out: Path, *more: Any) -> list[Any]:
 
 
 class TestTheWholeWay:
-    """The README's commands, one after the other."""
+    """The commands of docs/your-videos.md, one after the other."""
 
     def test_a_pipeline_gives_the_labels(self, videos, fine):
         pipe = pipeline("video-classification", str(fine))

@@ -66,7 +66,7 @@ class TestVJEPA2:
             self.model()(*by_place)
 
     def test_its_own_mask_leaves_the_encoders_work_as_it_is(self):
-        """What the README says: the mask chooses among finished tokens."""
+        """What docs/hosts.md says: the mask chooses among finished tokens."""
         plain, counted = build_encoder("VJEPA2Model").double(), []
         plain.encoder.layer[1].register_forward_hook(lambda module, args, output: counted.append(output[0].shape[1]))
         mask = [torch.arange(5).expand(2, -1)]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the source distribution and, out of it, the wheel, and installs the wheel alone: no extras, no clone on the path.
+# Builds the source distribution and, out of it, the wheel, and installs each into an environment of its own and tries it:
+# no extras, no clone on the path.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -7,10 +8,7 @@ trap 'rm -rf "$work"' EXIT
 python -m venv "$work/build"
 "$work/build/bin/pip" install --quiet build
 "$work/build/bin/python" -m build --outdir "$work/dist" .
-python -m venv "$work/alone"
-"$work/alone/bin/pip" install --quiet "$work"/dist/*.whl
-cd "$work/alone"
-bin/python - <<'CHECK'
+cat > "$work/check.py" <<'CHECK'
 import importlib.metadata
 from pathlib import Path
 
@@ -32,4 +30,10 @@ assert selection.visible.shape == (2, 4), selection.visible.shape
 assert torch.isfinite(model(clips).logits).all()
 print(f"everest_tokens {et.__version__} installs alone and runs")
 CHECK
-bin/everest-tokens --help > /dev/null
+for distribution in "$work"/dist/*; do
+    echo "== ${distribution##*/}"
+    rm -rf "$work/alone"
+    python -m venv "$work/alone"
+    "$work/alone/bin/pip" install --quiet "$distribution"
+    (cd "$work/alone" && bin/python "$work/check.py" && bin/everest-tokens --help > /dev/null)
+done
