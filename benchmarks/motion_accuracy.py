@@ -38,6 +38,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +46,7 @@ from typing import Any
 
 import torch
 from documents import RESULTS, cpu_name, header, write
+from motion_camera import known, turned_motion
 from motion_clips import DIRECTIONS, TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
 from motion_runs import ALL, DRAWN, DRAWN_RATIOS, EXPERIMENTS, NONE, SELECTORS, Run, chosen_runs, key_of
 from table_text import grouped
@@ -54,11 +56,13 @@ from tqdm import tqdm
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et
+from everest_tokens.camera import camera_motion
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
 # Of the colour's cross-entropy in the loss, the motion's counts 1. Colour is learned at once and its gradients then set
 # AdamW's scale, it seems: with equal weights models of all tokens stayed at chance on the motion (MOTION.md).
 COLOUR_WEIGHT = 0.2
+TUBELET = 2  # frames of a time step
 LOOKS = 5  # how often accuracy is taken during a training
 
 
@@ -104,6 +108,14 @@ class Batches:
         self.frames = (start + torch.arange(0, frames, run.every)).to(device)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.mean, self.scale = 255 * mean, 1 / (255 * std)
+        self.motion = None  # what the camera does in each clip, where a selector asks
+        if getattr(selector_of(run), "camera", "ignore") == "compensate":
+            pieces = torch.arange(count, device=device).split(32)
+            self.motion = torch.cat([camera_motion(self.take(piece)[0], TUBELET) for piece in pieces])
+
+    def camera_of(self, index: Tensor, turn: int = 0) -> AbstractContextManager[None]:
+        """Within it the model knows what the camera does in the clips that `take` gives for the same index and turn."""
+        return known(None if self.motion is None else turned_motion(self.motion[index], turn))
 
     def take(self, index: Tensor, turn: int = 0) -> tuple[Tensor, Tensor]:
         """float32 (B, T, 3, size, size) and labels, (B,) or with colours (B, 2)."""
@@ -200,7 +212,8 @@ def fit(
         index = torch.randint(clips, (settings.batch_size,), generator=generator).to(device)
         turn = int(torch.randint(8, (), generator=generator))
         pixels, labels = batches.take(index, turn)
-        output = model(pixels)
+        with batches.camera_of(index, turn):
+            output = model(pixels)
         loss = loss_of(output.logits, labels) if labelled else output.loss
         loss.backward()
         optimizer.step()
@@ -219,7 +232,9 @@ def accuracies(model: Any, batches: Batches) -> list[float]:
     right = torch.zeros(batches.labels[:1].numel(), dtype=torch.int64)
     for index in torch.arange(len(batches.labels), device=batches.clips.device).split(128):
         pixels, labels = batches.take(index)
-        for i, (logits, own) in enumerate(heads(model(pixels).logits, labels)):
+        with batches.camera_of(index):
+            output = model(pixels)
+        for i, (logits, own) in enumerate(heads(output.logits, labels)):
             right[i] += (logits.argmax(-1) == own).sum().cpu()
     model.train()
     return [int(count) / len(batches.labels) for count in right]
@@ -250,11 +265,16 @@ def pretrained(run: Run, settings: Settings, device: torch.device) -> tuple[dict
     return model.videomae.state_dict(), loss
 
 
+def selector_of(run: Run) -> Any:
+    """None for all tokens."""
+    return None if run.method == ALL else SELECTORS[run.method](run.keep_ratio or 1.0)
+
+
 def patch(model: Any, run: Run) -> None:
     """Give the model the selector of this run, in the place of the one it has."""
     kind = UniformFrameSampler if run.uniform else et.InfoFrameSampler
     sampler = None if run.alpha is None else kind(run.alpha)
-    et.patch_videomae(model, SELECTORS[run.method](run.keep_ratio or 1.0), frame_sampler=sampler)
+    et.patch_videomae(model, selector_of(run), frame_sampler=sampler)
 
 
 def train(runs: Sequence[Run], settings: Settings, device: torch.device) -> list[dict[str, Any]]:

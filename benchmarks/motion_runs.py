@@ -36,8 +36,8 @@ STILL = ("rero", "rero first", "rero middle", "random", "tube")  # what is asked
 STILL_RATIOS = (0.2, 0.3, 0.6)
 DRAWN = "drawn ratios"
 DRAWN_RATIOS = (0.2, 0.3, 0.45, 0.6, 1.0)  # one of them each step
-LARGE = Task(size=96, frames=8)  # large enough for the camera's motion to be found
-LARGE_STEPS = 400  # on a CPU a step of these frames takes seconds, most of them to find the camera's motion
+LARGE = Task(size=96, frames=8, radius=16, speed=6.0)  # twice the task: the camera's motion can be found in it
+LARGE_STEPS = 600
 PANS = (0.0, 1.5, 3.0)
 MIXTURE = Task(camera=1.5, resting=0.5)  # clips with little change and clips in which everything changes
 # Of a budget its one number; untrained embeddings then keep 7 to 57 % of the tokens on average.

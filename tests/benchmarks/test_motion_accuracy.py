@@ -14,7 +14,7 @@ import pytest
 import torch
 from motion_accuracy import Batches, Settings, accuracies, clips_of, fit
 from motion_clips import TEST_PHOTOS, TRAINING_PHOTOS, Task, make_clips, photographs, turned
-from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, MIXTURE, NONE, SELECTORS, Run, chosen_runs, key_of
+from motion_runs import ALL, COLOURED, DRAWN, EXPERIMENTS, LARGE, MIXTURE, NONE, SELECTORS, Run, chosen_runs, key_of
 from torch import nn
 from torchvision.transforms import v2
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
@@ -124,9 +124,9 @@ def test_the_runs_under_a_camera_on_large_frames():
         (pan, method, 0.15) for pan in (0.0, 1.5, 3.0) for method in ("rero", "rero compensated")
     ]
     for run in EXPERIMENTS["camera-96"]:
-        assert replace(run.task, camera=0.0) == replace(Task(), size=96, frames=8)
+        assert replace(run.task, camera=0.0) == Task(size=96, frames=8, radius=16, speed=6.0)  # twice the usual one
         assert run.task.size // Settings.patch == 8
-        assert run.steps == 400
+        assert run.steps == 600
 
 
 def test_what_was_measured_before_there_were_colours_is_not_trained_again():
@@ -459,6 +459,23 @@ def test_running_cells_are_pretrained_with_dual_masking(fits):
     assert not is_patched(after.model)
     assert (record["kept"], record["tokens"]) == (128, 128)
     assert record["gflops"] == et.count_flops(after.model).total / 1e9
+
+
+def test_the_cameras_motion_is_estimated_once_for_all_turns(monkeypatch):
+    """A model that is told of it selects as one that estimates it in each turned clip."""
+    run = Run("camera-96", replace(LARGE, camera=3.0), "rero compensated", 0.15, seed=1)
+    batches = Batches(run, replace(SMALL, training_clips=4), CPU, training=True)
+    assert Batches(replace(run, method="rero"), replace(SMALL, training_clips=4), CPU, training=True).motion is None
+    model = VideoMAEForVideoClassification(motion_accuracy.config_of(run, SMALL))
+    motion_accuracy.patch(model, run)
+    index = torch.tensor([2, 0])
+    estimated = [et.select_tokens(model, batches.take(index, turn)[0]) for turn in range(8)]
+    monkeypatch.setattr("everest_tokens.camera._estimated", None)  # what is called from here on must not estimate
+    for turn, found in enumerate(estimated):
+        with batches.camera_of(index, turn):
+            told = et.select_tokens(model, batches.take(index, turn)[0])
+        torch.testing.assert_close(told.importance, found.importance, rtol=1e-3, atol=1e-3)
+    assert (batches.motion - torch.eye(2, 3)).abs().max() > 0.02  # a camera that moves was found
 
 
 def test_methods_differ_in_the_selector_alone(fits):
