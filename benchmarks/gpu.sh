@@ -24,6 +24,7 @@ step_cost _inference --phases inference --batch-sizes 32 --keep-ratios 0.6 0.5 0
 step_cost _frames --phases fine-tuning --frames 64 --keep-ratios 0.15 --batch-sizes 4 # 940 of 6,272 tokens
 python benchmarks/selection_cost.py --device cuda --dtypes bfloat16 --batch-sizes 32 --out "$OUT/selection_cost_cuda.json" || failed=1
 python benchmarks/camera_motion.py --parts cost --device cuda --dtype bfloat16 --batch-size 32 --out "$OUT/camera_motion_cuda.json" || failed=1
+python benchmarks/packing.py --device cuda --dtype bfloat16 --batch-size 32 --repeats 20 --out "$OUT/packing_cuda.json" || failed=1
 python -m pytest -q -o addopts= tests/integration/test_cuda_graphs.py tests/hosts/test_transformers_videomae.py tests/examples/test_augmentation.py \
     -k "gpu or ReduceOverhead" || failed=1
 step_cost _compile --phases fine-tuning --batch-sizes 16 --modes compile reduce-overhead --repeats 5

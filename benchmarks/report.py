@@ -140,6 +140,37 @@ def selection_cells(mine: list[Row], names: list[str]) -> list[str]:
     return [*cells, f"{1e3 * row['embedding_seconds']:.2f}", launched or "–", target]
 
 
+def packing(page: Page, folder: Path) -> None:
+    """What it costs that clips keep different numbers of tokens."""
+    found = documents(folder, "packing")
+    if not found:
+        return
+    page.add(
+        [
+            "## What packing costs",
+            "",
+            "Clips of 7 to 64 % of their tokens behind each other, as a budget for each clip makes them, as shares of "
+            "as many clips with equally many tokens in all: medians of pairs, quartiles in brackets.",
+            "",
+        ]
+    )
+    lines = [
+        [
+            f"{run['model']}, {document['layers']} blocks, {clips(document)} of {document['frames']}×"
+            f"{document['image_size']}², {document['device']}, {document['dtype']}",
+            f"{min(run['lengths'])}–{max(run['lengths'])}",
+            number(run["flops_ratio"]),
+            *(with_quartiles(run[kind]["ratio"], run[kind]["quartiles"]) for kind in ("training", "inference")),
+            number(run["bytes_ratio"]),
+        ]
+        for document in found
+        for run in document["runs"]
+    ]
+    titles = ["", "tokens of a clip", "multiply–accumulates", "time of a step", "time of a forward"]
+    page.add(table([*titles, "saved for backward"], lines))
+    page.cite(found)
+
+
 def loading(page: Page, folder: Path) -> None:
     """Clips a second of one data-loading worker."""
     found = documents(folder, "data_loading")
@@ -186,7 +217,7 @@ def shards(page: Page, folder: Path) -> None:
     page.cite(found)
 
 
-SECTIONS = (compute, steps, hosts, selection_cost, camera, motion, loading, shards)
+SECTIONS = (compute, steps, hosts, selection_cost, packing, camera, motion, loading, shards)
 
 
 def main(arguments: list[str] | None = None) -> None:

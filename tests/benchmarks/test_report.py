@@ -534,6 +534,15 @@ def test_the_other_encoders(tmp_path):
         assert [cell[:5] for cell in line_of(text, f"| {run['model']} |")[2:]] == [f"{ratio:.3f}" for ratio in ratios]
 
 
+def test_what_packing_costs(tmp_path):
+    both = {kind: {"ratio": 1.02, "quartiles": [1.0, 1.05]} for kind in ("training", "inference")}
+    run = both | {"model": "VideoMAE", "lengths": [9, 70, 42], "flops_ratio": 1.056, "bytes_ratio": 1.25}
+    document = {"layers": 4, "frames": 16, "image_size": 160, "batch_size": 3, "dtype": "float32", "runs": [run]}
+    text = page(tmp_path, packing_x=document)
+    cells = line_of(text, "VideoMAE, 4 blocks, 3 clips of 16×160², CPU of a test, float32")
+    assert cells[1:] == ["9–70", "1.056", "1.020 (1.000–1.050)", "1.020 (1.000–1.050)", "1.250"]
+
+
 def test_clips_out_of_shards(tmp_path):
     run = {"video": "a.mp4", "clips_per_cpu_second": {"files": 8.04, "shards": 6.01}, "ratio": 0.75}
     document = {"shards": 7, "videos_of_a_shard": 3, "runs": [run | {"ratio_quartiles": [0.504, 1.0], "seconds": {}}]}
