@@ -9,7 +9,7 @@ from statistics import fmean
 
 import report
 from documents import RESULTS
-from motion_runs import ALL
+from motion_runs import ALL, DRAWN, DRAWN_RATIOS
 from pages import documents, on_gpu, rows_of
 from report_beyond import matching
 from report_motion import completed
@@ -80,15 +80,25 @@ def test_a_moving_camera():
     assert f"agree with what moves by itself in {compensated}, else {ignored}" in README
 
 
-def test_what_to_set():
+def both(**wanted) -> str:
+    """Motion and colour accuracy over three seeds, in %."""
     rows = [completed(row) for row in rows_of(documents(RESULTS, "motion_accuracy"))]
-    rows = [row for row in rows if row["task"]["colours"]]
+    mine = matching([row for row in rows if row["task"]["colours"]], **wanted)
+    assert len(mine) == 3
+    return " / ".join(f"{100 * fmean(row[key] for row in mine):.0f}" for key in ("accuracy", "colour_accuracy"))
 
-    def both(**wanted) -> str:
-        mine = matching(rows, **wanted)
-        assert len(mine) == 3
-        return " / ".join(f"{100 * fmean(row[key] for row in mine):.0f}" for key in ("accuracy", "colour_accuracy"))
 
+def test_one_checkpoint():
+    table = section_of(CHOOSING, "## One checkpoint for every budget")
+    for ratio in DRAWN_RATIOS:
+        expected = []
+        for method in ("rero", "rero first"):
+            alone = {"method": ALL} if ratio == 1 else {"method": method, "keep_ratio": ratio}
+            expected += [both(method=method, keep_ratio=ratio, trained=DRAWN), both(**alone, trained=None)]
+        assert cells_of(table, f"{ratio:g}") == expected
+
+
+def test_what_to_set():
     table = section_of(CHOOSING, "## Start here")
     for name, method in SELECTORS.items():
         for ratio in (0.2, 0.3) if method == "random" else (0.2, 0.3, 0.6):
