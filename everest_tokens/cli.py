@@ -29,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if options.pop("quiet") else logging.INFO)
+    logger.setLevel(logging.WARNING if (quiet := options.pop("quiet")) else logging.INFO)
     try:
+        if quiet:
+            import_module("transformers.utils.logging").disable_progress_bar()
         status = getattr(import_module("everest_tokens.commands"), options.pop("command"))(**options) or 0
         sys.stdout.flush()
         return status
@@ -43,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"everest-tokens: {error}", file=sys.stderr)
         return 2
     finally:
+        if quiet:
+            import_module("transformers.utils.logging").enable_progress_bar()
         logger.removeHandler(handler)
         logger.setLevel(level)
 
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--quiet", action="store_true", help="no progress bars, and no more than results and errors")
+    common.add_argument("--quiet", action="store_true", help="print results, warnings and errors alone")
 
     def command(name: str, text: str, *parents: argparse.ArgumentParser) -> Callable[..., Any]:
         given: dict[str, Any] = {"description": text, "epilog": STATUSES, "parents": [*parents, common]}

@@ -232,4 +232,4 @@ def check_out(out: Path, *suffixes: str) -> None:
     if not out.parent.is_dir():
         raise ValueError(f"no folder {out.parent} to write {out.name} to")
     if not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
-        raise ValueError(f"{out} can't be written")
+        raise ValueError(f"{out} can't be written: no permission, or a folder")
