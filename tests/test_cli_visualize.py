@@ -9,7 +9,13 @@ import pytest
 import torch
 from family_models import FineTuningModel, PreTrainingModel
 from PIL import Image
-from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
+from transformers import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VJEPA2Config,
+    VJEPA2Model,
+)
 from transformers.models.videomae import modeling_videomae
 
 import everest_tokens as et
@@ -162,6 +168,22 @@ def test_files_and_classifiers_are_drawn_as_what_they_are(tmp_path, drawn):
     for name, label in (("pre.pth", "19"), ("fine.pth", "38"), ("classifier", "38")):  # 0.3, 0.6
         assert run(tmp_path, "--model", tmp_path / name) == 0
         assert drawn[-1][0].rows[1].label == f"kept\n{label} of 64"
+
+
+def test_encoders_whose_configuration_names_its_sizes_otherwise(tmp_path, drawn):
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1, "mlp_ratio": 2.0}
+    predictor = {f"pred_{name}": value for name, value in sizes.items()} | {"pred_num_mask_tokens": 2}
+    config = VJEPA2Config(crop_size=64, frames_per_clip=8, num_pooler_layers=1, **sizes, **predictor)
+    VJEPA2Model(config).save_pretrained(tmp_path / "model")
+    assert run(tmp_path, "--model", tmp_path / "model") == 0
+    assert drawn[-1][0].rows[1].label == "kept\n38 of 64"
+
+
+def test_strategies_are_drawn_at_a_half_or_the_ratio_that_is_given(folder, tmp_path, drawn):
+    for options, counts in (([], [32] * 6), (["--keep-ratio", "0.25"], [16] * 5)):
+        assert run(tmp_path, "--model", folder, "--draw", "strategies", *options) == 0
+        frames, *rows = drawn[-1][0].rows
+        assert [int(kept_in(row, frames).sum()) for row in rows] == counts
 
 
 def test_random_weights_are_announced_and_follow_the_seed(monkeypatch, caplog):

@@ -155,6 +155,15 @@ def test_parts_have_titles_and_long_names_lose_their_middle():
     assert "…" in shown[1]
 
 
+def test_lines_of_one_clip_which_share_their_rows_all_lie_on_the_page():
+    part = strips("", "kept", 8)
+    figure = draw([Part(part.rows, part.frames[i : i + 4], part.captions) for i in (0, 4)])
+    pictures = [axis.get_window_extent() for axis in figure.axes if axis.images]
+    assert len(pictures) == 24
+    assert min(box.y0 for box in pictures) >= 0
+    assert max(box.y1 for box in pictures) <= figure.bbox.y1
+
+
 def test_shorter_clips_leave_places_free():
     figure = draw([strips("x", "kept", 4), strips("y", "kept", 2)])
     titles = [title for axis in figure.axes if (title := axis.get_title().strip())]
