@@ -179,8 +179,10 @@ class Page:
         self.lefts, self.graph = range(left, right, side + gap), (top + tall + em, top + tall + em + graph, left, right)
         colours = [(0, 0, 0), *COLOURS[: len(labels) - 1 - bool(limits)] / 255, (0, 0, 0)]
         for x, label, colour in zip(self.lefts, labels, colours, strict=False):
-            where, style = ((x + side / 2) / size[0], 1 - top / 2 / size[1]), {"fontsize": 11, "parse_math": False}
-            figure.text(*where, wrapped(label, side / em), color=colour, ha="center", va="center", **style)
+            axis = axes(x, top, side, tall)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_color("0.6")
+            axis.set_title(wrapped(label, side / em), color=colour, fontsize=11, parse_math=False)
         if limits:
             scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*limits), "cividis")
             figure.colorbar(scale, axes(right + gap, top, em, tall), ticks=limits, format="%.3g", extend="max")
