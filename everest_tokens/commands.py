@@ -53,16 +53,18 @@ def visualize(
     plays = out.suffix.lower() in (".gif", ".mp4")
     if plays and len(videos) > 1:
         raise ValueError(f"expected one video to play in {out.name}, got {len(videos)}")
+    if plays and out.resolve() == videos[0].resolve():
+        raise ValueError(f"{out} is the video itself: give another --out")
     if out.suffix.lower() == ".mp4" and start:
         raise ValueError(f"{out.name} plays the whole video: --start is of a clip")
     model = patched_model(keep_ratio=keep_ratio if draws == "kept" else None, seed=seed, **selecting)
-    unit = unit_of(model.everest.selector)
+    unit, ratio = unit_of(model.everest.selector), 0.5 if keep_ratio is None else keep_ratio
     model.everest.frame_sampler = None
     shape, _, _ = model.everest.host.example(model.everest.root)
     reading: dict[str, Any] = {"num_frames": shape[1], "stride": stride, "size": tuple(shape[-2:])}
 
     def select(clip: Any) -> dict[str, TokenSelection]:
-        return kept(model, clip) if draws == "kept" else strategies(model, clip, ratio=keep_ratio or 0.5, seed=seed)
+        return kept(model, clip) if draws == "kept" else strategies(model, clip, ratio=ratio, seed=seed)
 
     if plays:
         play(videos[0], out, select, start=starts[0], unit=unit, progress=partial(_bar, desc="frames"), **reading)

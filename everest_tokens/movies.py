@@ -114,7 +114,7 @@ class Film:
             self.base, self.times = base, [time - times[0] for time in times]
 
     def clip(self, start: int | None) -> Windows:
-        """The one window that `load_clip` loads."""
+        """The one window that `load_clip` loads; it plays at the file's mean rate."""
         given: dict[str, Any] = {"num_frames": self.num_frames, "stride": self.stride, "start": start}
         shown = (255 * pixels_of(video.load_clip(self.path, size=self.shown, **given))).round().byte()
         self.base, self.times = self.stride / self.rate, list(range(self.num_frames))

@@ -210,6 +210,11 @@ def test_frames_that_do_not_decode_are_left_out_and_counted(tmp_path, folder, ca
         (["in.mp4", "--out", "x.webm"], "expected a name that ends in .png, .pdf, .svg, .gif, .mp4, got x.webm"),
         (["in.mp4", "in.mp4", "--out", "x.mp4"], "expected one video to play in x.mp4, got 2"),
         (["in.mp4", "--start", "3", "--out", "x.mp4"], "x.mp4 plays the whole video: --start is of a clip"),
+        (["in.mp4", "--out", "./in.mp4"], "in.mp4 is the video itself: give another --out"),
+        (
+            ["in.mp4", "--draw", "strategies", "--keep-ratio", "0", "--out", "x.mp4"],
+            "keep_ratio must be a number in (0, 1]",
+        ),
         (["in.mp4", "--stride", "0", "--out", "x.mp4"], "stride must be an integer of at least 1, got 0"),
         (["in.mp4", "--out", "locked/x.mp4"], "locked/x.mp4 can't be written"),
         (["sound.wav", "--out", "x.mp4"], "sound.wav: no video stream, audio only"),
