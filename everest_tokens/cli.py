@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -12,34 +13,66 @@ from typing import Any
 
 from everest_tokens import __version__
 
+STATUSES = (
+    "Exit status: 0 done; 1 some videos can't be read (predict); 2 a wrong argument, or a file that can't be read or "
+    "written, with the reason on standard error; 130 interrupted; 141 whoever read the output is gone."
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status. Bad input ends in one line on standard error and status 2."""
+    """Run the command; returns its exit status, one of STATUSES."""
     options = vars(_parser().parse_args(arguments))
-    logger, handler = logging.getLogger("everest_tokens"), logging.StreamHandler(sys.stdout)
+    # What the library logs is what the command reports, apart from a result that is to be read by a program.
+    logger, handler = (
+        logging.getLogger("everest_tokens"),
+        _Reports(sys.stderr if options.get("as_json") else sys.stdout),
+    )
     level = logger.level
-    logger.addHandler(handler)  # what the library logs is what the command reports
-    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if (quiet := options.pop("quiet")) else logging.INFO)
     try:
-        return getattr(import_module("everest_tokens.commands"), options.pop("command"))(**options) or 0
+        if quiet:
+            import_module("transformers.utils.logging").disable_progress_bar()
+        status = getattr(import_module("everest_tokens.commands"), options.pop("command"))(**options) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer goes nowhere
+        return 141
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, ImportError, OSError) as error:
         print(f"everest-tokens: {error}", file=sys.stderr)
         return 2
     finally:
+        if quiet:
+            import_module("transformers.utils.logging").enable_progress_bar()
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+class _Reports(logging.StreamHandler[Any]):
+    """Prints what is logged; what goes wrong, such as a pipe that is closed, ends the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=self.stream, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     """Describe the commands; each is the function of its name in commands.py, its arguments are that one's."""
     parser = argparse.ArgumentParser(
-        prog="everest-tokens", description="Token selection for video transformers (EVEREST, ICML 2024)."
+        prog="everest-tokens",
+        description="Token selection for video transformers (EVEREST, ICML 2024).",
+        epilog=STATUSES,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--quiet", action="store_true", help="print results, warnings and errors alone")
 
     def command(name: str, text: str, *parents: argparse.ArgumentParser) -> Callable[..., Any]:
-        return commands.add_parser(name, help=text, description=text, parents=parents).add_argument
+        given: dict[str, Any] = {"description": text, "epilog": STATUSES, "parents": [*parents, common]}
+        return commands.add_parser(name, help=text, **given).add_argument
 
     stride = {"type": int, "default": 4, "help": "frames from one sampled frame to the next (default: 4)"}
     argument = command(
@@ -56,14 +89,18 @@ def _parser() -> argparse.ArgumentParser:
 
     argument = command(
         "visualize",
-        "Draw one clip of each video: frames, kept tokens, importance (Figure 6). A folder saved from a patched model "
-        "is drawn with the settings that it records, others with the paper's; options win over both.",
+        "Draw one clip of each video: frames, kept tokens, importance (Figure 6); as a .gif the clip plays, as an .mp4 "
+        "the whole video. A folder saved from a patched model is drawn with the settings that it records, others with "
+        "the paper's; options win over both.",
     )
     argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video files, drawn below each other")
-    argument("--out", type=Path, default=Path("everest-kept.png"), help=".png, .pdf or .svg; default: everest-kept.png")
+    suffixes = "a .png, .pdf, .svg, .gif or .mp4"
+    argument("--out", type=Path, help=f"{suffixes} (default: everest-kept.png or everest-strategies.png)")
+    beside = "strategies: beside random, tube and running-cell masking (Figure 8), anchored, camera compensated"
+    argument("--draw", dest="draws", choices=["kept", "strategies"], default="kept", help=f"{beside} (default: kept)")
     model = "folder or hub id of a transformers model, or checkpoint file of the VideoMAE family"
     argument("--model", help=f"{model} (default: a ViT-B's tubelet embedding with random weights)")
-    ratio = "the model's, else the paper's 0.3, or 0.6 without a pixel decoder"
+    ratio = "the model's, else the paper's 0.3, or 0.6 without a pixel decoder; of strategies 0.5"
     argument("--keep-ratio", type=float, help=f"share of the tokens to keep (default: {ratio})")
     argument("--distance", choices=["l2", "l1", "cosine", "cka"], help="S of Eq. 2 (default: the model's, else l2)")
     argument("--anchor", choices=["first", "middle"], help="keep all tokens of that time step (default: the model's)")
@@ -72,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     argument("--stride", **stride)
     start = "where the clip begins, one number for all videos or one for each (default: it lies in the middle)"
     argument("--start", type=int, nargs="+", metavar="FRAME", help=start)
-    argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    argument("--seed", type=int, default=0, help="of random weights and choices (default: 0)")
     argument("--columns", type=int, default=8, help="the most time steps in a line (default: 8)")
 
     folder = argparse.ArgumentParser(add_help=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +18,9 @@ import transformers
 from everest_tokens.checkpoints import describe_checkpoint, load_videomae
 from everest_tokens.comparing import compare
 from everest_tokens.demo import demo as demo
+from everest_tokens.drawing import kept, strategies, unit_of
 from everest_tokens.exporting import export as export_model
+from everest_tokens.movies import play
 from everest_tokens.patching import patch_videomae, select_tokens
 from everest_tokens.prediction import classify, reading_of
 from everest_tokens.selection import TokenSelection, compensates
@@ -24,45 +28,63 @@ from everest_tokens.selectors import ReRoSelector
 from everest_tokens.video import load_clip, load_views
 from everest_tokens.visualization import check_out, draw, path_row, pixels_of, selection_part
 
+logger = logging.getLogger(__name__)
+
 _POSITIONS = {"sinusoid": "VideoMAE's sinusoid", "mvd": "MVD's 3D sin-cos", "stored": "the file's own table"}
 
 
 def visualize(
-    videos: list[Path], out: Path, stride: int, start: list[int] | None, columns: int, **selecting: Any
+    videos: list[Path],
+    out: Path | None,
+    draws: str,
+    stride: int,
+    start: list[int] | None,
+    columns: int,
+    keep_ratio: float | None,
+    seed: int,
+    **selecting: Any,
 ) -> None:
-    """Draw a clip of each video; `selecting` are arguments of `patched_model`. See `visualize --help`."""
-    from tqdm import tqdm  # of the demo extra, as matplotlib
-
-    check_out(out, ".png", ".pdf", ".svg")
+    """Draw a clip of each video, or play one; `selecting` are arguments of `patched_model`. See `visualize --help`."""
+    out = out or Path(f"everest-{draws}.png")
+    check_out(out, ".png", ".pdf", ".svg", ".gif", ".mp4")
     starts: list[Any] = start or [None]
     if len(starts) not in (1, len(videos)):
         raise ValueError(f"expected one start, or one for each of {len(videos)} videos, got {len(starts)}")
-    model, parts = patched_model(**selecting), []
-    policy, config = model.everest, model.config
-    policy.frame_sampler = None  # a clip's own frames are drawn, and which of the kept tokens are visible is not
-    policy.visible, policy.mask_ratio = None, 1 - policy.share_kept() / 2
-    frames = {"num_frames": config.num_frames, "stride": stride, "size": config.image_size}
-    for number, video in enumerate(tqdm(videos, desc="clips", disable=len(videos) == 1)):
-        clip = load_clip(video, start=starts[number % len(starts)], **frames)
-        title = video.name if len(videos) > 1 else ""
-        part = selection_part(pixels_of(clip), _kept(model, clip), title=title)
-        if compensates(policy.selector):
-            part.rows.append(path_row(clip))
-        parts.append(part)
-    draw(parts, columns=columns).savefig(out)
-    print(f"drawn in {out.resolve()}")
+    plays = out.suffix.lower() in (".gif", ".mp4")
+    if plays and len(videos) > 1:
+        raise ValueError(f"expected one video to play in {out.name}, got {len(videos)}")
+    if plays and out.resolve() == videos[0].resolve():
+        raise ValueError(f"{out} is the video itself: give another --out")
+    if out.suffix.lower() == ".mp4" and start:
+        raise ValueError(f"{out.name} plays the whole video: --start is of a clip")
+    model = patched_model(keep_ratio=keep_ratio if draws == "kept" else None, seed=seed, **selecting)
+    unit, ratio = unit_of(model.everest.selector), 0.5 if keep_ratio is None else keep_ratio
+    model.everest.frame_sampler = None
+    shape, _, _ = model.everest.host.example(model.everest.root)
+    reading: dict[str, Any] = {"num_frames": shape[1], "stride": stride, "size": tuple(shape[-2:])}
+
+    def select(clip: Any) -> dict[str, TokenSelection]:
+        return kept(model, clip) if draws == "kept" else strategies(model, clip, ratio=ratio, seed=seed)
+
+    if plays:
+        play(videos[0], out, select, start=starts[0], unit=unit, progress=partial(_bar, desc="frames"), **reading)
+    else:
+        parts = []
+        for number, video in enumerate(_bar(videos, desc="clips", disable=len(videos) == 1)):
+            clip = load_clip(video, start=starts[number % len(starts)], **reading)
+            title = video.name if len(videos) > 1 else ""
+            parts.append(selection_part(pixels_of(clip), select(clip), title=title, unit=unit))
+            if draws == "kept" and compensates(model.everest.selector):
+                parts[-1].rows.append(path_row(clip))
+        draw(parts, columns=columns).savefig(out)
+    logger.info("drawn in %s", out.resolve())
 
 
-def _kept(model: Any, clip: Any) -> dict[str, TokenSelection]:
-    """What is kept; where the camera's motion is compensated, what would be kept if it were ignored too."""
-    selector = model.everest.selector
-    if not compensates(selector):
-        return {"kept": select_tokens(model, clip)}
-    found = {"kept, camera compensated": select_tokens(model, clip)}
-    selector.camera = "ignore"
-    found["kept, camera ignored"] = select_tokens(model, clip)
-    selector.camera = "compensate"
-    return found
+def _bar(*given: Any, disable: bool = False, **options: Any) -> Any:
+    """A progress bar; none where the command is to be quiet."""
+    from tqdm import tqdm  # of the demo extra, as matplotlib
+
+    return tqdm(*given, disable=disable or not logger.isEnabledFor(logging.INFO), **options)
 
 
 def patched_model(
@@ -85,7 +107,7 @@ def patched_model(
     """
     try:
         if model is None:
-            print("no --model: a ViT-B's tubelet embedding with random weights selects")
+            logger.info("no --model: a ViT-B's tubelet embedding with random weights selects")
             transformers.set_seed(seed)
             config = transformers.VideoMAEConfig(num_hidden_layers=0, decoder_num_hidden_layers=0)
             loaded: Any = transformers.VideoMAEForPreTraining(config)
@@ -122,18 +144,13 @@ def predict(
     heatmap: Path | None,
 ) -> int:
     """Print what a classifier says of each video; returns 1 where one couldn't be read. See `predict --help`."""
-    from tqdm import tqdm
-
     loaded, results, drawn = _on_device(patched_model(model, keep_ratio)), [], Counter[str]()
     if heatmap is not None:
         heatmap.mkdir(parents=True, exist_ok=True)
         reading = reading_of(loaded, model, stride)
         look = reading["processor"]
-    for video, result in zip(
-        tqdm(videos, desc="videos", disable=len(videos) == 1),
-        classify(loaded, model, videos, views=views, stride=stride, top=top),
-        strict=True,
-    ):
+    bar = _bar(videos, desc="videos", disable=len(videos) == 1)
+    for video, result in zip(bar, classify(loaded, model, videos, views=views, stride=stride, top=top), strict=True):
         results.append(result)
         if "problem" in result:
             print(f"everest-tokens: {result['problem']}", file=sys.stderr)
@@ -147,7 +164,7 @@ def predict(
             picture.savefig(heatmap / f"{name}{f'-{drawn[name]}' if drawn[name] > 1 else ''}.png")
         if not as_json:
             named = ", ".join(f"{label} {score:.3f}" for label, score in result["top"])
-            tqdm.write(f"{video}: {named} ({result['milliseconds']:.0f} ms)")
+            bar.write(f"{video}: {named} ({result['milliseconds']:.0f} ms)")
     if as_json:
         print(json.dumps(results, indent=1))
     return int(any("problem" in result for result in results))
@@ -162,11 +179,9 @@ def export(model: str, out: Path | None, kind: str, keep_ratio: float | None) ->
 
 def benchmark(model: str, keep_ratios: list[float] | None, batch_size: int, repeats: int, training: bool) -> None:
     """Print what a model costs with all tokens and with fewer, measured in turn. See `benchmark --help`."""
-    from tqdm import tqdm
-
     loaded = _on_device(patched_model(model))
     ratios = keep_ratios or [loaded.everest.share_kept()]
-    with tqdm(total=(len(ratios) + 1) * (repeats + 2), desc="runs", leave=False) as bar:
+    with _bar(total=(len(ratios) + 1) * (repeats + 2), desc="runs", leave=False) as bar:
         costs = compare(
             loaded, ratios, batch_size=batch_size, repeats=repeats, training=training, progress=lambda: bar.update()
         )
@@ -193,7 +208,7 @@ def convert(checkpoint: Path, out: Path, **loading: Any) -> None:
         raise ValueError(f"{out} is a file, expected a folder to write into")
     model = load_videomae(checkpoint, **loading)
     model.save_pretrained(out)
-    print(f"wrote {type(model).__name__} to {out}")
+    logger.info("wrote %s to %s", type(model).__name__, out)
 
 
 def inspect(checkpoint: Path, **loading: Any) -> None:

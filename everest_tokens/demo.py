@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import math
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from everest_tokens.patching import patch_videomae, select_tokens
 from everest_tokens.selectors import TubeSelector
 from everest_tokens.video import load_clip
 from everest_tokens.visualization import check_out, draw, pixels_of, selection_part
+
+logger = logging.getLogger(__name__)
 
 EXTRA = "in a clone, pip install -e '.[demo]'"
 
@@ -70,7 +73,7 @@ def demo(video: Path | None, model: str | None, stride: int, batch_size: int, re
         seconds = [[_seconds(*step) for step in steps] for _ in range(repeats + 1)]  # in turn; the first warms up
         _show("seconds of a training step", 2, *map(min, zip(*seconds[1:], strict=True)))
     draw([selection_part(pixels_of(clip), selections)]).savefig(out)
-    print(f"\nThe kept tokens are drawn in {out.resolve()}")
+    logger.info("\nThe kept tokens are drawn in %s", out.resolve())
 
 
 def _show(what: str, digits: int, before: float, after: float) -> None:

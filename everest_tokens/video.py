@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, pairwise, takewhile
 from typing import Any
@@ -53,7 +53,7 @@ def load_clip(
     def choose(length: int) -> list[int]:
         return dense_indices(length, num_frames, stride, start=start, generator=generator)
 
-    look = _Look(size, mean, std, processor)
+    look = Look(size, mean, std, processor)
     return look.crops(_read(os.fsdecode(path), choose), [0.5])[None]
 
 
@@ -80,7 +80,7 @@ def load_views(
     """
     if crops not in (1, 3):
         raise ValueError(f"crops must be 1 or 3, got {crops!r}")
-    look = _Look(size, mean, std, processor)
+    look = Look(size, mean, std, processor)
 
     def choose(length: int) -> list[int]:
         return [number for view in view_indices(length, num_frames, stride, clips) for number in view]
@@ -113,10 +113,10 @@ def view_indices(length: int, num_frames: int, stride: int, clips: int) -> list[
     return [dense_indices(length, num_frames, stride, start=clip * last // (clips - 1)) for clip in range(clips)]
 
 
-class _Look:
+class Look:
     """How frames become what a model sees: resized to just cover the crop, cropped, scaled to [0, 1], normalised."""
 
-    def __init__(self, size: Any, mean: Sequence[float], std: Sequence[float], processor: Any) -> None:
+    def __init__(self, size: Any, mean: Sequence[float], std: Sequence[float], processor: Any = None) -> None:
         try:
             from torchvision.transforms.v2 import functional
         except ImportError as error:
@@ -201,11 +201,7 @@ def _geometry(processor: Any) -> tuple[tuple[int, int], int | None]:
 
 def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
     """Decode the frames that `choose` picks out of the file's number of frames: uint8 (T, 3, H, W), RGB."""
-    container, stream = open_video(path)
-    packets: list[tuple[Any, bool]] = []
-    with container, suppress(*read_errors()):  # which come up again if decoding gets as far as that
-        packets.extend((packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size)
-    length, times, numbers = number_frames(path, container, stream, packets)
+    length, times, numbers = look_through(path)
     wanted = choose(length)
     for seeks in (True, False) if numbers else (False,):
         found: dict[int, Tensor] = {}
@@ -215,9 +211,7 @@ def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
             stream.thread_type, stream.codec_context.thread_count = "AUTO", torch.get_num_threads()
             if seeks:
                 container.seek(times[min(wanted)], stream=stream)
-            # An empty packet in between would tell the decoder that nothing follows, as None does at the end.
-            rest = chain((packet for packet in container.demux(stream) if packet.size), [None])
-            for place, frame in enumerate(chain.from_iterable(map(stream.decode, rest))):
+            for place, frame in enumerate(decode(container, stream)):
                 number = numbers.get(frame.pts, -1) if numbers else place
                 if seeks and place == 0 and (number > min(wanted) or not frame.key_frame):
                     break  # the seek went too far: once more from the start
@@ -228,6 +222,22 @@ def _read(path: str, choose: Callable[[int], list[int]]) -> Tensor:
         if len(found) == len(set(wanted)):
             return torch.stack([found[number] for number in wanted]).permute(0, 3, 1, 2)
     raise ValueError(f"{path}: damaged or cut off, not all frames of the clip could be decoded")
+
+
+def decode(container: Any, stream: Any) -> Iterator[Any]:
+    """Decode the frames of a stream from where its container stands."""
+    # An empty packet in between would tell the decoder that nothing follows, as None does at the end.
+    packets = chain((packet for packet in container.demux(stream) if packet.size), [None])
+    return chain.from_iterable(map(stream.decode, packets))
+
+
+def look_through(path: str) -> tuple[int, list[int], dict[int, int] | None]:
+    """Number a file's frames without decoding them, as `number_frames` does."""
+    container, stream = open_video(path)
+    packets: list[tuple[Any, bool]] = []
+    with container, suppress(*read_errors()):  # which come up again if decoding gets as far as that
+        packets.extend((packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size)
+    return number_frames(path, container, stream, packets)
 
 
 def open_video(path: str) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from everest_tokens.camera import camera_motion
+from everest_tokens.fading import Fade, choose_fade, overlay
 from everest_tokens.selection import TokenSelection
 from everest_tokens.video import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-WHITE = 0.93  # what dropped tokens fade to: lighter than most frames, so that kept ones stand out
 
 
 class Row(NamedTuple):
@@ -50,20 +49,21 @@ def kept_map(selection: TokenSelection, clip: int = 0) -> Tensor:
     return marked[:-1].view(selection.grid)
 
 
-def kept_row(label: str, frames: Tensor, kept: Tensor) -> Row:
-    """Fade the dropped tokens of each frame to a light grey, and count the kept ones in the label.
+def kept_row(label: str, frames: Tensor, kept: Tensor, fade: Fade | None = None) -> Row:
+    """Fade the dropped tokens of each frame, edge them, and count the kept ones in the label.
 
     Args:
         frames: (T, 3, H, W) in [0, 1], equally many for each time step.
         kept: (t, h, w) bool.
+        fade: of all rows that are to look alike; by default `choose_fade`'s for this one.
     """
-    mask = interpolate(kept[:, None].float(), frames.shape[-2:], mode="nearest-exact")
-    mask = mask.repeat_interleave(len(frames) // len(kept), 0)  # (T, 1, H, W)
-    faded = 0.25 * frames.mean(dim=1, keepdim=True) + 0.75 * WHITE
-    return Row(f"{label}\n{int(kept.sum())} of {kept.numel()}", frames * mask + faded * (1 - mask))
+    drawn = overlay(frames, kept, fade or choose_fade(frames, [kept]))
+    return Row(f"{label}\n{int(kept.sum())} of {kept.numel()}", drawn)
 
 
-def selection_part(frames: Tensor, selections: dict[str, TokenSelection], *, clip: int = 0, title: str = "") -> Part:
+def selection_part(
+    frames: Tensor, selections: dict[str, TokenSelection], *, clip: int = 0, title: str = "", unit: str = ""
+) -> Part:
     """Show the frames, the kept tokens of each selection, and the importance of the first.
 
     Args:
@@ -71,6 +71,7 @@ def selection_part(frames: Tensor, selections: dict[str, TokenSelection], *, cli
             multiple of the selections' time steps.
         selections: row label → selection of the same clip.
         clip: which clip of the selections' batch the frames are.
+        unit: of the importance, such as `unit_of` a selector.
 
     Raises:
         ValueError: frames that don't fit the selections' grid.
@@ -80,11 +81,13 @@ def selection_part(frames: Tensor, selections: dict[str, TokenSelection], *, cli
         raise ValueError(f"expected frames (multiple of {grid[0]}, 3, H, W), got {tuple(frames.shape)}")
     pixels = frames.cpu().float() / 255 if frames.dtype == torch.uint8 else frames.cpu().float().clamp(0, 1)
     rows = [Row("frames", pixels)]
-    rows += [kept_row(label, pixels, kept_map(selection, clip)) for label, selection in selections.items()]
+    kept = {label: kept_map(selection, clip) for label, selection in selections.items()}
+    fade = choose_fade(pixels, list(kept.values()))
+    rows += [kept_row(label, pixels, marked, fade) for label, marked in kept.items()]
     tubelet, captions = len(pixels) // grid[0], [f"frame {i}" for i in range(len(pixels))]
     importance = next(iter(selections.values())).importance
     if importance is not None:
-        rows.append(Row("importance", importance[clip].cpu().view(grid).repeat_interleave(tubelet, 0)))
+        rows.append(Row(f"importance\n{unit}".strip(), importance[clip].cpu().view(grid).repeat_interleave(tubelet, 0)))
     return Part(rows, range(0, len(pixels), tubelet), captions, title)
 
 
@@ -104,8 +107,7 @@ def path_row(clip: Tensor) -> Row:
 def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: float = 12.0) -> Figure:
     """Draw parts below each other: a line for each row, a column for each of at most `columns` time steps.
 
-    Evenly spaced steps are drawn of a clip with more. The colour scale of values ends where the top 1 % saturate: a few
-    tokens change much more than the rest.
+    Evenly spaced steps are drawn of a clip with more. Colours of values end at `heat_limits`.
 
     Args:
         width: of the page in inches; a README shows 12 at 100 dpi well, both columns of an ICML page are 6.75.
@@ -114,11 +116,7 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
     Raises:
         ValueError: columns is below 1. ImportError: matplotlib is not installed (the `demo` extra).
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: in a clone, pip install -e '.[demo]'") from error
+    matplotlib = with_matplotlib()
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
     style: dict[str, Any] = {"fontsize": font, "parse_math": False}  # a file name may hold a $
@@ -130,14 +128,14 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
     )  # a colour scale and its numbers, or the names of lines
     wide = min((width - left - right) / columns, 17 * em) - gap
     high = wide * parts[0].rows[0].images.shape[-2] / parts[0].rows[0].images.shape[-1]
-    labels = {id(row): _wrapped(row.label, 10 if row.images.ndim > 2 else 6) for part in parts for row in part.rows}
+    labels = {id(row): wrapped(row.label, 10 if row.images.ndim > 2 else 6) for part in parts for row in part.rows}
     line = max(high, 2.6 * em, *(_height(label, em) for label in labels.values())) + gap
-    captions = [[_wrapped(caption, wide / em) for caption in part.captions] for part in parts]
+    captions = [[wrapped(caption, wide / em) for caption in part.captions] for part in parts]
     heads = [max(_height(text, em) for text in texts) + gap for texts in captions]
     heads = [head + _height("title", em) * bool(part.title) for part, head in zip(parts, heads, strict=True)]
-    page = (left + columns * (wide + gap) + right, sum(heads) + line * len(labels))
-    figure: Any = Figure(page, dpi=100 if font > 10 else 300)
-    FigureCanvasAgg(figure)
+    page = (left + columns * (wide + gap) + right, sum(heads) + line * sum(len(part.rows) for part in parts))
+    figure = matplotlib.figure.Figure(page, dpi=100 if font > 10 else 300)
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
 
     def frame_at(x: float, middle: float, width: float, height: float) -> Any:
         place = (x / page[0], (middle - height / 2) / page[1], width / page[0], height / page[1])
@@ -159,10 +157,7 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
                 _lines(axis, row.images, [part.frames[i] for i in chosen], font)
                 top -= line
                 continue
-            limits = None
-            if row.images.ndim == 3:
-                low, most = row.images.min().item(), torch.quantile(row.images.flatten(), 0.99).item()
-                limits = (low, max(most, low + 1e-6))
+            limits = heat_limits(row.images) if row.images.ndim == 3 else None
             for column, frame in enumerate(part.frames[i] for i in chosen):
                 axis = frame_at(left + column * (wide + gap), top - line / 2, wide, high)
                 values = row.images[frame] if limits else row.images[frame].permute(1, 2, 0)
@@ -177,6 +172,22 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
                 bar.tick_params(labelsize=font, width=0.05 * font, length=0.3 * font)
             top -= line
     return figure
+
+
+def with_matplotlib() -> Any:
+    """Import what draws. Raises ImportError with the extra that brings it."""
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: in a clone, pip install -e '.[demo]'") from error
+    return matplotlib
+
+
+def heat_limits(values: Tensor) -> tuple[float, float]:
+    """Where a colour scale begins and ends: the top 1 % saturate, a few tokens change much more than the rest."""
+    low, most = values.min().item(), torch.quantile(values.flatten(), 0.99).item()
+    return low, max(most, low + 1e-6)
 
 
 def _lines(axis: Any, places: Tensor, frames: Sequence[int], font: float) -> None:
@@ -197,7 +208,7 @@ def _height(text: str, em: float) -> float:
     return 1.3 * em * (text.count("\n") + 1)
 
 
-def _wrapped(text: str, ems: float) -> str:
+def wrapped(text: str, ems: float) -> str:
     """Break lines, between words where it goes, so that none is wider than a box of that many em."""
     return "\n".join(textwrap.fill(line, max(int(ems / 0.6), 1)) for line in text.splitlines())
 
@@ -220,3 +231,5 @@ def check_out(out: Path, *suffixes: str) -> None:
         raise ValueError(f"expected a name that ends in {', '.join(suffixes)}, got {out.name}")
     if not out.parent.is_dir():
         raise ValueError(f"no folder {out.parent} to write {out.name} to")
+    if not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
+        raise ValueError(f"{out} can't be written: no permission, or a folder")

@@ -26,6 +26,7 @@ from product import score, write_product
 from recipe import FinetuningRecipe, check_fit, config_of, fit, frames_of, load_trained, loading, parse, selection_of
 from recorded import record
 from run import TRAINING_DEFAULTS, check_found, tell, train
+from selection_pictures import add_pictures, check_reporting
 from trainer import VideoTrainer
 from transformers import EarlyStoppingCallback, VideoMAEForVideoClassification, set_seed
 
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: list[str]) -> None:
     defaults = TRAINING_DEFAULTS | {"adam_beta2": 0.999}
     recipe, training = parse(FinetuningRecipe, arguments, defaults)
+    check_reporting(training, recipe.picture_steps)
     data = load_data(recipe, training)
     fit(training, recipe, data)
     set_seed(training.seed)
@@ -79,6 +81,7 @@ def run(arguments: list[str]) -> None:
     )
     if recipe.train_list:
         check_found(data.train, "train_list")
+    add_pictures(trainer, data, sampling, recipe.picture_steps)
     train(trainer, recipe, data)
     if training.process_index == 0:
         scores = score([entry.label for entry in data.held_out], *accuracy.last) if data.held_out else None

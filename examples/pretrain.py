@@ -29,6 +29,7 @@ from recipe import (
 )
 from recorded import record
 from run import TRAINING_DEFAULTS, check_found, tell, train
+from selection_pictures import add_pictures, check_reporting
 from trainer import VideoTrainer
 from transformers import VideoMAEForPreTraining, set_seed
 
@@ -42,11 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> None:
     recipe, training = parse(PretrainingRecipe, arguments, TRAINING_DEFAULTS)
+    check_reporting(training, recipe.picture_steps)
     data = load_data(recipe, training)
     fit(training, recipe, data)
     set_seed(training.seed)
     model = build_model(recipe)
     et.patch_videomae(model, mask_ratio=recipe.mask_ratio, **selection_of(recipe))
+    sampling = Sampling(frames_of(model), recipe.stride or None)
     trainer = VideoTrainer(
         model,
         training,
@@ -55,7 +58,7 @@ def run(arguments: list[str]) -> None:
             data,
             recipe,
             training,
-            Sampling(frames_of(model), recipe.stride or None),
+            sampling,
             TrainingGeometry(model.config.image_size, flip=recipe.flip),
         ),
         augmentation=BatchAugmentation(),
@@ -65,6 +68,7 @@ def run(arguments: list[str]) -> None:
     )
     if recipe.train_list:
         check_found(data.train, "train_list")
+    add_pictures(trainer, data, sampling, recipe.picture_steps)
     train(trainer, recipe, data)
 
 

@@ -68,6 +68,7 @@ class Recipe:
     batch_size: int = _setting(256, "clips in a step, over all processes and accumulated steps")
     epochs: float = _setting(100.0, "passes over the list")
     warmup_epochs: float = _setting(5.0, "epochs over which the learning rate rises")
+    picture_steps: int = _setting(0, "draw what is kept of a fixed clip every so many steps, for report_to; 0 is off")
     max_bad_fraction: float = _setting(0.01, "the run ends with an error if more than this share of the list is bad")
     max_bad_steps: int = _setting(3, "the run ends with status 3 after so many steps in a row that aren't finite")
 
@@ -207,7 +208,7 @@ def _check(recipe: Recipe) -> None:
         ("num_frames", "size", "patch_size", "repeats", "batch_size", "decoder_depth", "max_bad_steps"), 1
     )
     least |= {"stride": 0, "alpha": 0, "mixup": 0, "cutmix": 0, "warmup_epochs": 0, "limit": 0, "clips_per_epoch": 0}
-    least |= {"shuffle_buffer": 1, "early_stopping": 0}
+    least |= {"shuffle_buffer": 1, "early_stopping": 0, "picture_steps": 0}
     shares = (
         "val_fraction",
         "keep_ratio",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from family_models import FineTuningModel
 from PIL import Image
-from transformers import VideoMAEConfig, VideoMAEForPreTraining
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from everest_tokens.cli import main
+from everest_tokens import commands, patch_videomae
+from everest_tokens.cli import STATUSES, main
 from everest_tokens.demo import sample_video
 
 
@@ -102,3 +107,84 @@ def test_help_and_module(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert all(command in out for command in ("demo", "visualize", "inspect", "convert"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "fine.pth"
+    torch.save({"model": FineTuningModel(img_size=(64, 64), num_frames=8, embed_dim=384, depth=1).state_dict()}, path)
+    return path
+
+
+COMMANDS = ["demo", "visualize", "predict", "export", "benchmark", "inspect", "convert"]
+
+
+def arguments_of(command, folder, checkpoint, tmp_path) -> list[str]:
+    """Of a command that does little."""
+    classifier, video = str(tmp_path / "classifier"), str(sample_video())
+    if command in ("predict", "export", "benchmark"):
+        config = VideoMAEConfig.from_pretrained(folder, use_mean_pooling=True)
+        VideoMAEForVideoClassification(config).save_pretrained(classifier)
+    return {
+        "demo": ["--model", str(folder), "--repeats", "1", "--out", str(tmp_path / "x.png")],
+        "visualize": [video, "--model", str(folder), "--out", str(tmp_path / "x.png")],
+        "predict": [classifier, video, video],
+        "export": [classifier, "--out", str(tmp_path / "x.pt2")],
+        "benchmark": [classifier, "--repeats", "1"],
+        "inspect": [str(checkpoint), "--num-frames", "8", "--image-size", "64"],
+        "convert": [str(checkpoint), str(tmp_path / "x"), "--num-frames", "8", "--image-size", "64"],
+    }[command]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_quiet_leaves_results_warnings_and_errors(command, folder, checkpoint, tmp_path, capsys):
+    results = {"demo": "tokens in the encoder", "predict": "LABEL_", "export": "difference", "benchmark": "keep ratio"}
+    arguments = arguments_of(command, folder, checkpoint, tmp_path)
+    capsys.readouterr()
+    assert main([command, *arguments, "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert "%|" not in shown.err  # no bar
+    assert not re.search("drawn in|wrote|no --model", shown.out)
+    assert (results | {"inspect": "family"}).get(command, "") in shown.out
+    if command == "visualize":
+        assert shown.out == ""
+        assert main([command, "no.mp4", "--model", str(folder), "--quiet"]) == 2
+        assert "no.mp4: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])  # print, and log
+def test_a_reader_that_has_gone_ends_the_command_quietly(command, folder, checkpoint, tmp_path, capfd, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main([command, *arguments_of(command, folder, checkpoint, tmp_path)]) == 141
+    monkeypatch.undo()
+    assert not re.search("Broken|Traceback|Error", capfd.readouterr().err)
+
+
+def test_an_interrupted_command_says_so_by_its_status_alone(monkeypatch, capsys, checkpoint):
+    def interrupted(**given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "inspect", interrupted)
+    assert main(["inspect", str(checkpoint)]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_documents_its_statuses(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert " ".join(STATUSES.split()) in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_video_that_can_not_be_read_is_status_1_and_what_is_logged_stays_out_of_json(folder, tmp_path, capsys):
+    """Patching logs a line where a pre-trained model's settings come with a classifier."""
+    trained = patch_videomae(VideoMAEForPreTraining.from_pretrained(folder))
+    VideoMAEForVideoClassification(trained.config).save_pretrained(tmp_path / "classifier")
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "classifier"), str(sample_video()), "missing.mp4", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert [("problem" in result) for result in json.loads(shown.out)] == [False, True]
+    assert "recorded" in shown.err

@@ -9,7 +9,13 @@ import pytest
 import torch
 from family_models import FineTuningModel, PreTrainingModel
 from PIL import Image
-from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
+from transformers import (
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VJEPA2Config,
+    VJEPA2Model,
+)
 from transformers.models.videomae import modeling_videomae
 
 import everest_tokens as et
@@ -60,7 +66,7 @@ def test_what_is_drawn_is_what_select_tokens_selects(folder, tmp_path, drawn):
     kept = et.select_tokens(model, clip).kept[0]
     frames, shown, importance = drawn[0][0].rows
     assert torch.equal(frames.images, pixels_of(clip))
-    assert [row.label for row in drawn[0][0].rows] == ["frames", "kept\n16 of 64", "importance"]
+    assert [row.label for row in drawn[0][0].rows] == ["frames", "kept\n16 of 64", "importance\nL2 distance"]
     same = (shown.images == frames.images).all(dim=1)[::2].view(-1, 4, 16, 4, 16).all(dim=4).all(dim=2)
     assert same.flatten().nonzero().flatten().tolist() == kept.tolist()
     assert importance.images[::2].flatten().topk(16).indices.sort().values.tolist() == kept.tolist()
@@ -132,7 +138,7 @@ def test_a_compensated_camera_is_drawn_beside_an_ignored_one_and_its_path(folder
     assert run(tmp_path, "--model", folder) == 0
     assert len(drawn[-1][0].rows) == 5  # as recorded
     assert run(tmp_path, "--model", folder, "--camera", "ignore") == 0
-    assert [row.label for row in drawn[-1][0].rows] == ["frames", "kept\n19 of 64", "importance"]
+    assert [row.label for row in drawn[-1][0].rows] == ["frames", "kept\n19 of 64", "importance\nL2 distance"]
 
 
 def test_options_are_the_budget_s_own(tmp_path, drawn, capsys):
@@ -164,7 +170,24 @@ def test_files_and_classifiers_are_drawn_as_what_they_are(tmp_path, drawn):
         assert drawn[-1][0].rows[1].label == f"kept\n{label} of 64"
 
 
-def test_random_weights_are_announced_and_follow_the_seed(monkeypatch, capsys):
+def test_encoders_whose_configuration_names_its_sizes_otherwise(tmp_path, drawn):
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1, "mlp_ratio": 2.0}
+    predictor = {f"pred_{name}": value for name, value in sizes.items()} | {"pred_num_mask_tokens": 2}
+    config = VJEPA2Config(crop_size=64, frames_per_clip=8, num_pooler_layers=1, **sizes, **predictor)
+    VJEPA2Model(config).save_pretrained(tmp_path / "model")
+    assert run(tmp_path, "--model", tmp_path / "model") == 0
+    assert drawn[-1][0].rows[1].label == "kept\n38 of 64"
+
+
+def test_strategies_are_drawn_at_a_half_or_the_ratio_that_is_given(folder, tmp_path, drawn):
+    for options, counts in (([], [32] * 6), (["--keep-ratio", "0.25"], [16] * 5)):
+        assert run(tmp_path, "--model", folder, "--draw", "strategies", *options) == 0
+        frames, *rows = drawn[-1][0].rows
+        assert [int(kept_in(row, frames).sum()) for row in rows] == counts
+
+
+def test_random_weights_are_announced_and_follow_the_seed(monkeypatch, caplog):
+    caplog.set_level("INFO")
     # Filling a table takes seconds with transformers' loops.
     monkeypatch.setattr(modeling_videomae, "get_sinusoid_encoding_table", lambda n, d: torch.zeros(1, n, d))
 
@@ -172,7 +195,7 @@ def test_random_weights_are_announced_and_follow_the_seed(monkeypatch, capsys):
         return patched_model(None, seed=seed).videomae.embeddings.patch_embeddings.projection.weight
 
     first = weight(0)
-    assert "random weights" in capsys.readouterr().out
+    assert "random weights" in caplog.text
     assert torch.equal(first, weight(0))
     assert not torch.equal(first, weight(1))
 
@@ -192,7 +215,7 @@ def test_a_page_for_each_suffix(folder, tmp_path, suffix):
     ("options", "message"),
     [
         (["missing.mp4"], "missing.mp4: no such file"),
-        (["VIDEO", "--out", "x.jpg"], "expected a name that ends in .png, .pdf, .svg, got x.jpg"),
+        (["VIDEO", "--out", "x.jpg"], "expected a name that ends in .png, .pdf, .svg, .gif, .mp4, got x.jpg"),
         (["VIDEO", "--out", "nowhere/x.png"], "no folder nowhere to write x.png to"),
         (["VIDEO", "--start", "1", "2"], "expected one start, or one for each of 1 videos, got 2"),
         (["VIDEO", "--start", "-1"], "start must be an integer of at least 0, got -1"),

@@ -1,7 +1,5 @@
-"""The paper's figures for your clips and your model, and animations; `everest-tokens visualize` draws the first only.
+"""The paper's figures for your clips and your model; `everest-tokens visualize` draws Figures 6 and 8.
 
-python examples/pictures/paper_figures.py selection VIDEO --out kept.gif       # Figure 6, which plays
-python examples/pictures/paper_figures.py strategies VIDEO --keep-ratio 0.25   # beside other maskings: Figure 8
 python examples/pictures/paper_figures.py keep-ratios VIDEO --layout paper     # at 0.5, 0.25 and 0.15: Figure 9
 python examples/pictures/paper_figures.py frames VIDEO                         # InfoFrameSampler: Figures 3 and 10
 python examples/pictures/paper_figures.py reconstruction VIDEO --model FOLDER  # what a model predicts: Eq. 3
@@ -11,55 +9,33 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import math
 import sys
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 import everest_tokens as et
 from everest_tokens.commands import patched_model
+from everest_tokens.drawing import kept_by, unit_of
+from everest_tokens.fading import VERMILION, choose_fade
 from everest_tokens.video import load_clip
-from everest_tokens.visualization import (
-    WHITE,
-    Part,
-    Row,
-    check_out,
-    draw,
-    kept_map,
-    kept_row,
-    pixels_of,
-    selection_part,
-)
+from everest_tokens.visualization import Part, Row, check_out, draw, kept_map, kept_row, pixels_of, selection_part
 
 SWEEP = (0.5, 0.25, 0.15)  # of Figure 9
-STILL, MOVING = (".png", ".pdf", ".svg"), (".gif", ".mp4")
 LAYOUTS = {"readme": (12.0, 12.0), "paper": (6.75, 7.0)}  # inches wide, points of the text
-SAMPLED = torch.tensor(
-    (0.835, 0.369, 0.0)
-)  # vermilion of Okabe and Ito, told from the pictures' colours by all readers
+WHITE = 0.93  # what steps that aren't drawn fade to
 
 
 # --- What is drawn of one clip (1, T, 3, H, W), normalised as the model takes it ---
-
-
-def kept_by(model: Any, clip: Tensor, selector: Any, seed: int) -> et.TokenSelection:
-    """What a selector keeps of the model's embedding, however few that is."""
-    policy = model.everest
-    policy.selector, policy.visible, policy.frame_sampler = selector, None, None
-    policy.mask_ratio = 1 - selector.keep_ratio / 2  # how the kept are split is not drawn
-    return et.select_tokens(model, clip, generator=torch.Generator().manual_seed(seed))
 
 
 def with_ratio(selector: Any, ratio: float) -> Any:
@@ -69,44 +45,11 @@ def with_ratio(selector: Any, ratio: float) -> Any:
     return selector
 
 
-def strategies(model: Any, clip: Tensor, title: str = "", *, ratio: float = 0.5, seed: int = 0) -> Part:
-    """Random, tube, running cell and redundancy-robust selection at one keep ratio (Figure 8), and ReRo's variants.
-
-    Running cells keep a quarter, a half or three quarters: the nearest. A grid of odd height or width has none. An
-    anchor is drawn where more tokens are kept than those of its step.
-    """
-    own = model.everest.selector
-    rows = {"random (ST-MAE)": et.RandomSelector(ratio), "tube (VideoMAE)": et.TubeSelector(ratio)}
-    selections = {label: kept_by(model, clip, selector, seed) for label, selector in rows.items()}
-    grid = selections["tube (VideoMAE)"].grid
-    if grid[1] % 2 == 0 and grid[2] % 2 == 0:
-        cells = et.RunningCellSelector(min(max(round(4 * ratio), 1), 3) / 4)
-        selections["running cell (VideoMAE V2)"] = kept_by(model, clip, cells, seed)
-    else:
-        print(f"no running cells on {grid[1]}×{grid[2]} tokens: they are of 2×2")
-    rero = with_ratio(own if isinstance(own, et.ReRoSelector) else et.ReRoSelector(), ratio)
-    selections["ReRo (EVEREST)"] = kept_by(model, clip, rero, seed)
-    variants = {"ReRo, camera compensated": ("camera", "compensate")}
-    if rero.num_kept(grid) > grid[1] * grid[2]:
-        variants = {"ReRo, first step anchored": ("anchor", "first"), **variants}
-    for label, (name, value) in variants.items():
-        variant = copy.deepcopy(rero)
-        setattr(variant, name, value)
-        selections[label] = kept_by(model, clip, variant, seed)
-    return selection_part(pixels_of(clip), selections, title=title)
-
-
-def selection(model: Any, clip: Tensor, title: str = "", *, seed: int = 0) -> Part:
-    """Frames, kept tokens and importance (Figure 6)."""
-    kept = kept_by(model, clip, model.everest.selector, seed)
-    return selection_part(pixels_of(clip), {"kept": kept}, title=title)
-
-
 def keep_ratios(model: Any, clip: Tensor, title: str = "", *, ratios: Sequence[float] = SWEEP, seed: int = 0) -> Part:
     """The model's selector at several keep ratios, and importance (Figure 9)."""
     own = model.everest.selector
     selections = {f"keep ratio {r:g}": kept_by(model, clip, with_ratio(own, r), seed) for r in ratios}
-    return selection_part(pixels_of(clip), selections, title=title)
+    return selection_part(pixels_of(clip), selections, title=title, unit=unit_of(own))
 
 
 def frames(model: Any, clip: Tensor, title: str = "", *, sampler: et.InfoFrameSampler, seed: int = 0) -> Part:
@@ -136,7 +79,7 @@ def frames(model: Any, clip: Tensor, title: str = "", *, sampler: et.InfoFrameSa
     border = torch.ones(pixels.shape[-2:], dtype=torch.bool)
     edge = max(pixels.shape[-1] // 50, 1)
     border[edge:-edge, edge:-edge] = False
-    shown = torch.where(drawn[:, None, None, None] & border, SAMPLED[:, None, None], shown)
+    shown = torch.where(drawn[:, None, None, None] & border, VERMILION[:, None, None], shown)
     counts = kept.flatten(1).sum(dim=1).repeat_interleave(tubelet).tolist()
     captions = [f"frame {i}\n{count} kept" for i, count in enumerate(counts)]
     rows = [Row(f"sampled steps\n{chosen.grid[0]} of {len(kept)}", shown), kept_row("kept", pixels, kept)]
@@ -184,59 +127,15 @@ def reconstruction_part(
     patches[target] = restored.clamp(0, 1)
     painted = rearrange(patches, "(t h w) (f p q) c -> (t f) c (h p) (w q)", t=t, h=h, **size)
     seen, aimed = (kept_map(et.TokenSelection(part, None, (t, h, w))) for part in (selection.visible, selection.target))
-    targets = kept_row("targets", pixels, aimed)
+    fade = choose_fade(pixels, [seen, aimed])
+    targets = kept_row("targets", pixels, aimed, fade)
     rows = [
         Row("frames", pixels),
-        kept_row("seen by the encoder", pixels, seen),
+        kept_row("seen by the encoder", pixels, seen, fade),
         Row(targets.label.replace("targets", "reconstructed targets"), targets.images + (painted - pixels)),
         targets,
     ]
     return Part(rows, range(0, len(pixels), size["f"]), [f"frame {i}" for i in range(len(pixels))], title)
-
-
-# --- Animations ---
-
-
-def moment(parts: Sequence[Part], i: int) -> Any:
-    """All rows of frame i side by side, a line for each part: one image of an animation, (H, W, 3) uint8."""
-    sides = parts[0].rows[0].images.shape[-2:]
-    columns, style = max(len(part.rows) for part in parts), {"fontsize": 12, "parse_math": False}
-    size = (2.4 * columns + 0.1, len(parts) * (2.4 * sides[0] / sides[1] + 0.7))
-    figure = Figure(size, dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    for part, axes in zip(parts, figure.subplots(len(parts), columns, squeeze=False), strict=True):
-        for row, axis in zip(part.rows, axes, strict=True):
-            values = row.images[i]
-            limits = None if values.ndim == 3 else (row.images.min(), torch.quantile(row.images.flatten(), 0.99) + 1e-6)
-            axis.imshow(values if limits else values.permute(1, 2, 0), "cividis", clim=limits, aspect="auto")
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(row.label + ("\n" if "\n" not in row.label else ""), **style)
-        name = part.title if len(part.title) <= 40 else f"{part.title[:20]}…{part.title[-19:]}"
-        axes[0].set_xlabel(f"{name}   {part.captions[i]}".replace("\n", ": ").strip(), loc="left", **style)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def save_animation(images: Sequence[Any], out: Path, fps: float) -> None:
-    """Write images (H, W, 3) as .gif, which repeats, or .mp4, whose sides become even numbers."""
-    if out.suffix.lower() == ".gif":
-        from PIL import Image
-
-        # One palette for all, and no dithering: what stands still must not flicker, and compresses away.
-        palette = Image.fromarray(np.concatenate(images)).quantize(256)
-        shown = [Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-        shown[0].save(out, save_all=True, append_images=shown[1:], duration=round(1000 / fps), loop=0)
-        return
-    import av
-
-    height, width = (side // 2 * 2 for side in images[0].shape[:2])  # which the codec's halved colours need
-    with av.open(str(out.absolute()), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for image in images:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 # --- The command ---
@@ -245,11 +144,9 @@ def save_animation(images: Sequence[Any], out: Path, fps: float) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     argument = parser.add_argument
-    argument("draw", choices=["selection", "strategies", "keep-ratios", "frames", "reconstruction"])
+    argument("draw", choices=["keep-ratios", "frames", "reconstruction"])
     argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video files, drawn below each other")
-    argument(
-        "--out", type=Path, help=".png, .pdf, .svg, or .gif or .mp4, which play the clip; default: everest-DRAW.png"
-    )
+    argument("--out", type=Path, help=".png, .pdf or .svg; default: everest-DRAW.png")
     argument("--model", help="as of `everest-tokens visualize`; a reconstruction needs one")
     argument(
         "--keep-ratio",
@@ -258,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="RATIO",
         help="share of the tokens to keep, several for keep-ratios (default: what the model records, else the paper's; "
-        "0.5 for strategies; 0.5 0.25 0.15 for keep-ratios)",
+        "0.5 0.25 0.15 for keep-ratios)",
     )
     argument("--distance", choices=["l2", "l1", "cosine", "cka"], help="S of Eq. 2 (default: the model's, else l2)")
     argument("--alpha", type=float, help="of frames (default: what the model records, else 1.5)")
@@ -267,8 +164,7 @@ def parser() -> argparse.ArgumentParser:
         "--start", type=int, nargs="+", metavar="FRAME", help="where the clip begins, one number for all or one each"
     )
     argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    argument("--columns", type=int, default=8, help="the most time steps in a line of a still picture (default: 8)")
-    argument("--fps", type=float, default=5, help="frames a second of a .gif or .mp4 (default: 5)")
+    argument("--columns", type=int, default=8, help="the most time steps in a line (default: 8)")
     argument("--layout", choices=[*LAYOUTS], default="readme", help="paper: 6.75 inches in small type, at 300 dpi")
     return parser
 
@@ -280,15 +176,11 @@ def figure(options: argparse.Namespace) -> Path:
         options.keep_ratios,
         options.start or [None],
     )
-    check_out(out, *STILL, *MOVING)
+    check_out(out, ".png", ".pdf", ".svg")
     if ratios and len(ratios) > 1 and options.draw != "keep-ratios":
         raise ValueError(f"{options.draw} takes one keep ratio, got {len(ratios)}")
     if len(starts) not in (1, len(options.videos)):
         raise ValueError(f"expected one start, or one for each of {len(options.videos)} videos, got {len(starts)}")
-    if not 0 < options.fps <= 50:
-        raise ValueError(f"fps must be above 0 and at most 50, got {options.fps}")
-    if out.suffix in MOVING and options.layout != "readme":
-        raise ValueError(f"--layout {options.layout} is for still pictures, got {out.name}")
     if options.draw == "reconstruction" and options.model is None:
         raise ValueError("a reconstruction needs --model: random weights reconstruct nothing")
     ratio = ratios[0] if ratios and options.draw != "keep-ratios" else None
@@ -299,22 +191,15 @@ def figure(options: argparse.Namespace) -> Path:
         sampler = et.InfoFrameSampler(options.alpha) if options.alpha is not None else recorded_sampler
         num_frames = config.tubelet_size * sampler.num_candidates(num_frames // config.tubelet_size)
         method = partial(frames, sampler=sampler)
-    elif options.draw == "strategies":
-        method = partial(strategies, ratio=ratio or 0.5)
     elif options.draw == "keep-ratios":
         method = partial(keep_ratios, ratios=ratios or SWEEP)
     else:
-        method = reconstruction if options.draw == "reconstruction" else selection
+        method = reconstruction
     parts = []
     for number, video in enumerate(tqdm(options.videos, desc="clips", disable=len(options.videos) == 1)):
         start = starts[number % len(starts)]
         clip = load_clip(video, num_frames=num_frames, stride=options.stride, size=config.image_size, start=start)
         parts.append(method(model, clip, video.name if len(options.videos) > 1 else "", seed=options.seed))
-    if out.suffix in MOVING:
-        save_animation(
-            [moment(parts, i) for i in tqdm(range(num_frames), desc="frames", leave=False)], out, options.fps
-        )
-        return out
     import matplotlib
 
     if options.draw == "frames":
@@ -333,6 +218,8 @@ def in_lines(part: Part, columns: int) -> list[Part]:
 
 
 def main() -> int:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("everest_tokens").setLevel(logging.INFO)
     try:
         print(f"drawn in {figure(parser().parse_args()).resolve()}")
     except (ValueError, ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""examples/pictures: what the figures show of models and clips, animations, and the script that learns one clip."""
+"""examples/pictures: what the figures show of models and clips, and the script that learns one clip."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
-import numpy as np
 import paper_figures as figures
 import pytest
 import timm
@@ -20,6 +18,8 @@ from transformers.models.videomae import modeling_videomae
 import everest_tokens as et
 from everest_tokens import TokenSelection
 from everest_tokens.demo import sample_video
+from everest_tokens.drawing import kept_by
+from everest_tokens.fading import VERMILION
 from everest_tokens.visualization import kept_map, pixels_of
 
 PICTURES = Path(figures.__file__).parent
@@ -61,51 +61,11 @@ def pixels_at(step: int, row: int, column: int) -> tuple[slice, ...]:
 # --- what is drawn ---
 
 
-def test_strategies_at_one_ratio_and_the_nearest_running_cells(model):
-    clip = random_clip()
-    part = figures.strategies(model, clip)
-    assert [label.split("\n")[0] for label in labels_of(part)] == [
-        "frames",
-        "random (ST-MAE)",
-        "tube (VideoMAE)",
-        "running cell (VideoMAE V2)",
-        "ReRo (EVEREST)",
-        "ReRo, first step anchored",
-        "ReRo, camera compensated",
-    ]
-    _, *drawn = (kept_by_pixels(row.images, pixels_of(clip)) for row in part.rows)
-    assert [int(kept.sum()) for kept in drawn] == [32] * 6  # Figure 8's 0.5
-    _, tube, cells, rero, anchored, compensated = drawn
-    assert (tube == tube[0]).all()  # the same places at every step
-    assert (cells.view(4, 2, 2, 2, 2).sum(dim=(2, 4)) == 2).all()  # two places of every 2 × 2 cell
-    assert not (cells == cells[0]).all()  # which run
-    expected = et.select_tokens(et.patch_videomae(model, et.ReRoSelector(0.5)), clip).kept[0]
-    assert rero.flatten().nonzero().flatten().tolist() == expected.tolist()
-    assert anchored[0].all()
-    assert torch.equal(compensated, rero)  # noise: no motion explains it
-
-    part = figures.strategies(model, clip, ratio=0.35)
-    assert [label.split("\n")[1] for label in labels_of(part)[1:]] == [  # tube: 16 - 10 places
-        "22 of 64",
-        "24 of 64",
-        "16 of 64",
-        *["22 of 64"] * 3,
-    ]
-    anchored = figures.strategies(model, clip, ratio=0.25)  # 16 tokens, as many as a step's
-    assert "ReRo, first step anchored" not in "".join(labels_of(anchored))
-
-
-def test_no_running_cells_on_an_odd_grid(capsys):
-    model = et.patch_videomae(VideoMAEForPreTraining(config(image_size=48)))
-    assert len(figures.strategies(model, random_clip(size=48)).rows) == 6
-    assert "no running cells on 3×3 tokens" in capsys.readouterr().out
-
-
 def test_keep_ratios_are_nested_and_counted(model):
     clip = random_clip()
     part = figures.keep_ratios(model, clip)
     counted = ["keep ratio 0.5\n32 of 64", "keep ratio 0.25\n16 of 64", "keep ratio 0.15\n9 of 64"]
-    assert labels_of(part) == ["frames", *counted, "importance"]
+    assert labels_of(part) == ["frames", *counted, "importance\nL2 distance"]
     half, quarter, least = (kept_by_pixels(row.images, pixels_of(clip)) for row in part.rows[1:4])
     assert (least <= quarter).all()
     assert (quarter <= half).all()
@@ -129,7 +89,7 @@ def test_frames_that_are_drawn_sharp_are_the_steps_that_the_model_samples(model)
     inside, frames = (..., slice(2, -2), slice(2, -2)), pixels_of(clip)  # without the coloured border
     sharp = [i for i in range(12) if torch.equal(sampled.images[i][inside], frames[i][inside])]
     assert sharp == [i for i in range(12) if i // 2 in steps]
-    bordered = [i for i in range(12) if torch.equal(sampled.images[i, :, 0, 5], figures.SAMPLED)]
+    bordered = [i for i in range(12) if torch.equal(sampled.images[i, :, 0, 5], VERMILION)]
     assert bordered == sharp
     others = [i for i in range(12) if i not in sharp]
     assert sampled.images[others].var() < 0.1 * frames[others].var()  # blurred, and faded
@@ -221,7 +181,7 @@ def test_models_without_a_decoder(kind):
         patched, clip = et.patch_videomae(model, num_frames=8), random_clip().transpose(1, 2)
     else:
         patched, clip = et.patch_videomae(VideoMAEForVideoClassification(config(use_mean_pooling=True))), random_clip()
-    assert int(kept_map(figures.kept_by(patched, clip, et.ReRoSelector(0.6), 0)).sum()) == 38
+    assert int(kept_map(kept_by(patched, clip, et.ReRoSelector(0.6), 0)).sum()) == 38
     with pytest.raises(ValueError, match="has no pixel decoder"):
         figures.reconstruction(patched, clip)
 
@@ -235,7 +195,7 @@ def run(tmp_path, *options) -> Path:
     return figures.figure(figures.parser().parse_args(arguments))
 
 
-@pytest.mark.parametrize("drawing", ["strategies", "frames", "reconstruction"])
+@pytest.mark.parametrize("drawing", ["keep-ratios", "frames", "reconstruction"])
 def test_pages_as_wide_as_those_of_a_paper(tmp_path, drawing):
     options = ["--layout", "paper", "--columns", "4"]
     out = run(tmp_path, drawing, sample_video(), sample_video(), *options, "--out", tmp_path / "x.pdf")
@@ -262,44 +222,13 @@ class Namespaced:
         pass
 
 
-def test_gif_and_mp4_play_the_whole_clip(tmp_path):
-    drawing, length, columns = "selection", 8, 3
-    for suffix in ("gif", "mp4"):
-        run(tmp_path, drawing, sample_video(), "--fps", "4", "--out", tmp_path / f"x.{suffix}")
-    with Image.open(tmp_path / "x.gif") as gif:
-        assert gif.n_frames == length
-        assert gif.info["duration"] == 250
-        assert gif.info["loop"] == 0
-        size = gif.size
-        shown = [np.asarray(frame.convert("RGB"), dtype=int) for frame in frames_of(gif)]
-    assert size[0] == round(100 * (2.4 * columns + 0.1))
-    with av.open(str(tmp_path / "x.mp4")) as container:
-        stream = container.streams.video[0]
-        assert stream.average_rate == 4
-        decoded = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(stream)]
-    assert len(decoded) == length
-    assert decoded[0].shape == (size[1] // 2 * 2, size[0] // 2 * 2, 3)
-    height, width = decoded[0].shape[:2]
-    differences = np.array([[np.abs(one[:height, :width] - two).mean() for two in decoded] for one in shown])
-    assert (differences.argmin(axis=1) == np.arange(length)).all()  # the same frames, in the same order
-    assert differences.diagonal().max() < 0.5 * np.median(differences)
-
-
-def frames_of(gif):
-    for i in range(gif.n_frames):
-        gif.seek(i)
-        yield gif
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["selection", "VIDEO", "--out", "x.jpg"], "expected a name that ends in .png, .pdf, .svg, .gif, .mp4"),
-        (["selection", "VIDEO", "--keep-ratio", "0.5", "0.2"], "selection takes one keep ratio, got 2"),
+        (["frames", "VIDEO", "--out", "x.jpg"], "expected a name that ends in .png, .pdf, .svg, got x.jpg"),
+        (["frames", "VIDEO", "--keep-ratio", "0.5", "0.2"], "frames takes one keep ratio, got 2"),
         (["frames", "VIDEO", "--alpha", "1"], "alpha must be a number above 1, got 1.0"),
-        (["selection", "VIDEO", "--start", "1", "2"], "expected one start, or one for each of 1 videos, got 2"),
-        (["selection", "VIDEO", "--fps", "0"], "fps must be above 0 and at most 50, got 0.0"),
-        (["selection", "VIDEO", "--out", "x.gif", "--layout", "paper"], "--layout paper is for still pictures"),
+        (["keep-ratios", "VIDEO", "--start", "1", "2"], "expected one start, or one for each of 1 videos, got 2"),
         (["reconstruction", "VIDEO"], "needs --model: random weights reconstruct nothing"),
     ],
 )
