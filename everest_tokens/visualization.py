@@ -135,7 +135,7 @@ def draw(parts: Sequence[Part], *, columns: int = 8, width: float = 12.0, font: 
     captions = [[_wrapped(caption, wide / em) for caption in part.captions] for part in parts]
     heads = [max(_height(text, em) for text in texts) + gap for texts in captions]
     heads = [head + _height("title", em) * bool(part.title) for part, head in zip(parts, heads, strict=True)]
-    page = (left + columns * (wide + gap) + right, sum(heads) + line * len(labels))
+    page = (left + columns * (wide + gap) + right, sum(heads) + line * sum(len(part.rows) for part in parts))
     figure: Any = Figure(page, dpi=100 if font > 10 else 300)
     FigureCanvasAgg(figure)
 

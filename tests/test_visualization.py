@@ -154,6 +154,16 @@ def test_parts_have_titles_and_long_names_lose_their_middle():
     assert "…" in shown[1]
 
 
+def test_a_clip_in_several_lines_is_all_on_the_page():
+    """The lines are parts with the same rows: two of three rows each, twice as high as one."""
+    importance = torch.arange(24.0)[None]
+    part = selection_part(torch.rand(6, 3, 8, 8), {"kept": selection(0, importance=importance)})
+    lines = [Part(part.rows, frames, part.captions) for frames in (range(0, 3), range(3, 6))]
+    one, both = draw(lines[:1]), draw(lines)
+    assert both.get_figheight() == pytest.approx(2 * one.get_figheight())
+    assert all(0 <= axis.get_position().y0 < axis.get_position().y1 <= 1 for axis in both.axes)
+
+
 def test_shorter_clips_leave_places_free():
     figure = draw([strips("x", "kept", 4), strips("y", "kept", 2)])
     titles = [title for axis in figure.axes if (title := axis.get_title().strip())]
