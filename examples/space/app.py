@@ -63,7 +63,7 @@ GFLOPs and milliseconds are those of one clip's forward. All and kept tokens tak
 run at the same time, their ratio holds better than the milliseconds.
 
 Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame; the browser need not play
-them (.avi). They and what is drawn are deleted from this server after {KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes.
+them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes.
 """
 
 
