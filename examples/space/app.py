@@ -126,18 +126,17 @@ class Chosen(NamedTuple):
     model: Any
     kept: et.TokenSelection
 
-    def table(self, seconds: list[list[float]] | None = None) -> str:
-        """Compare all tokens with the kept ones, in Markdown; seconds: (all, kept) of each turn."""
+    def table(self) -> str:
+        """Compare all tokens with the kept ones, in Markdown."""
         tokens, kept = self.kept.importance.shape[1], self.kept.kept.shape[1]
         flops, fewer = (et.count_flops(model).total / 1e9 for model in (self.loaded.plain, self.model))
-        rows = ["| | all | kept | ratio |", "|:--|--:|--:|--:|"]
-        rows.append(f"| tokens | {tokens} | {kept} | {kept / tokens:.2f} |")
-        rows.append(f"| GFLOPs | {flops:.3g} | {fewer:.3g} | {fewer / flops:.2f} |")
-        times = [f"{1e3 * median(each):.0f}" for each in zip(*seconds, strict=True)] if seconds else ["", "", ""]
-        times += [f"{median(part / whole for whole, part in seconds):.2f}"] if seconds else []
-        rows.append(f"| milliseconds | {' | '.join(times)} |")
-        rows.append("\nKept at each time step: " + ", ".join(map(str, self.kept.frame_counts[0].tolist())))
-        return "\n".join(rows)
+        rows = [
+            "| | all | kept | ratio |",
+            "|:--|--:|--:|--:|",
+            f"| tokens | {tokens} | {kept} | {kept / tokens:.2f} |",
+        ]
+        rows.append(f"| GFLOPs | {flops:.3g} | {fewer:.3g} | {fewer / flops:.2f} |\n")
+        return "\n".join([*rows, "Kept at each time step: " + ", ".join(map(str, self.kept.frame_counts[0].tolist()))])
 
 
 def choose(video: str | None, begin: float, name: str | None, selector: str, ratio: float) -> Chosen:
@@ -173,11 +172,11 @@ def write_video(part: Part, path: Path) -> Path:
 
 
 def look(*settings: Any) -> Iterator[list[Any]]:
-    """Yield the overlay's file, which is gone afterwards, the picture, and the table; no labels yet."""
+    """Yield the overlay's file, which is gone afterwards, the picture, and the table."""
     try:
         chosen = choose(*settings)
     except ValueError as error:
-        yield [None, None, f"**This doesn't work:** {error}", NO_LABELS, NO_LABELS]
+        yield [None, None, f"**This doesn't work:** {error}"]
         return
     own = chosen.loaded.reading.get("processor")
     pixels = pixels_of(chosen.clip, *(() if own is None else (own.image_mean, own.image_std)))
@@ -188,11 +187,11 @@ def look(*settings: Any) -> Iterator[list[Any]]:
     picture.canvas.draw()
     with TemporaryDirectory() as folder:
         file = write_video(part, Path(folder, "kept.mp4"))
-        yield [file, np.asarray(picture.canvas.buffer_rgba()), chosen.table(), NO_LABELS, NO_LABELS]
+        yield [file, np.asarray(picture.canvas.buffer_rgba()), chosen.table()]
 
 
 def measure(*settings: Any) -> Iterator[list[Any]]:
-    """Yield after each turn the table, and what a trained classifier says of all tokens and of the kept ones."""
+    """Yield after each turn the times, and what a trained classifier says of all tokens and of the kept ones."""
     try:
         chosen = choose(*settings)
     except ValueError as error:
@@ -208,7 +207,9 @@ def measure(*settings: Any) -> Iterator[list[Any]]:
         labels = [gr.Label({names[i]: score for i, score in enumerate(each)}, visible=True) for each in scores]
     for _ in range(REPEATS):
         seconds.append([seconds_of(run, chosen.clip.device) for run in runs])
-        yield [chosen.table(seconds), *labels]
+        whole, part = (1e3 * median(each) for each in zip(*seconds, strict=True))
+        ratio = median(part / whole for whole, part in seconds)
+        yield [f"Measured: all tokens {whole:.0f} ms, the kept ones {part:.0f} ms, ratio {ratio:.2f}", *labels]
 
 
 def page() -> gr.Blocks:
@@ -228,16 +229,19 @@ def page() -> gr.Blocks:
                 button = gr.Button("Measure on this machine", variant="primary")
             with gr.Column(scale=3, min_width=300):
                 overlay = gr.Video(show_label=False, autoplay=True, loop=True, interactive=False)
-                table = gr.Markdown()
+                table, times = gr.Markdown(), gr.Markdown()
                 with gr.Row():
                     whole = gr.Label(label="says of all tokens", num_top_classes=5, visible=False)
                     part = gr.Label(label="says of the kept tokens", num_top_classes=5, visible=False)
                 picture = gr.Image(show_label=False, interactive=False, buttons=["fullscreen"])
         gr.Markdown(NOTES)
-        inputs, outputs = [video, begin, name, selector, ratio], [overlay, picture, table, whole, part]
-        measuring = button.click(measure, inputs, outputs[2:], concurrency_limit=1)
+        inputs, measured = [video, begin, name, selector, ratio], [times, whole, part]
+        measuring = button.click(measure, inputs, measured, concurrency_limit=1)
+        changes = [control.change for control in inputs]
+        # At once, while a look may have to wait for the one before: a click in between is not to be lost.
+        gr.on(changes, lambda: ["", NO_LABELS, NO_LABELS], None, measured, cancels=measuring, queue=False)
         looking = {"trigger_mode": "always_last", "show_progress": "minimal", "concurrency_limit": 2}
-        gr.on([blocks.load, *(it.change for it in inputs)], look, inputs, outputs, cancels=measuring, **looking)
+        gr.on([blocks.load, *changes], look, inputs, [overlay, picture, table], **looking)
     return blocks.queue(max_size=32)
 
 
