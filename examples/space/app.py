@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -28,7 +27,6 @@ import av
 import gradio as gr
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 import everest_tokens as et
@@ -63,8 +61,7 @@ GFLOPs and milliseconds are those of one clip's forward. All and kept tokens tak
 run at the same time, their ratio holds better than the milliseconds.
 
 Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame; the browser need not play
-them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes.
-"""
+them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes."""
 
 
 class Loaded(NamedTuple):
@@ -97,7 +94,7 @@ def patched(plain: Any, selector: Any) -> Any:
     return et.patch_videomae(other, selector)
 
 
-def read(video: str, begin: float, reading: dict[str, Any]) -> Tensor:
+def read(video: str, begin: float, reading: dict[str, Any]) -> torch.Tensor:
     """Load the clip that begins at this share of what comes before the last one. Raises ValueError, as `load_clip`."""
     if os.path.getsize(video) > MEGABYTES * 2**20:
         raise ValueError(f"{video}: more than {MEGABYTES} MB")
@@ -122,7 +119,7 @@ class Chosen(NamedTuple):
     """What one request looks at: its clip (1, T, 3, H, W), its own patched copy, and what that keeps."""
 
     loaded: Loaded
-    clip: Tensor
+    clip: torch.Tensor
     model: Any
     kept: et.TokenSelection
 
@@ -130,13 +127,12 @@ class Chosen(NamedTuple):
         """Compare all tokens with the kept ones, in Markdown."""
         tokens, kept = self.kept.importance.shape[1], self.kept.kept.shape[1]
         flops, fewer = (et.count_flops(model).total / 1e9 for model in (self.loaded.plain, self.model))
-        rows = [
-            "| | all | kept | ratio |",
-            "|:--|--:|--:|--:|",
-            f"| tokens | {tokens} | {kept} | {kept / tokens:.2f} |",
-        ]
-        rows.append(f"| GFLOPs | {flops:.3g} | {fewer:.3g} | {fewer / flops:.2f} |\n")
-        return "\n".join([*rows, "Kept at each time step: " + ", ".join(map(str, self.kept.frame_counts[0].tolist()))])
+        return f"""| | all | kept | ratio |
+|:--|--:|--:|--:|
+| tokens | {tokens} | {kept} | {kept / tokens:.2f} |
+| GFLOPs | {flops:.3g} | {fewer:.3g} | {fewer / flops:.2f} |
+
+Kept at each time step: {", ".join(map(str, self.kept.frame_counts[0].tolist()))}"""
 
 
 def choose(video: str | None, begin: float, name: str | None, selector: str, ratio: float) -> Chosen:
@@ -163,7 +159,7 @@ def write_video(part: Part, path: Path) -> Path:
     scale = max(round(448 / frames.shape[3]), 1)
     images = images.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(6), options={"crf": "20"})
+        stream = container.add_stream("libx264", rate=6, options={"crf": "20"})
         stream.height, stream.width = (side // 2 * 2 for side in images.shape[1:3])  # halved colours
         for image in images[:, : stream.height, : stream.width].contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
