@@ -225,8 +225,10 @@ def save_gif(images: Images, out: Path, film: Film) -> int:
     return len(shown)
 
 
-def save_mp4(images: Images, out: Path, film: Film) -> int:
+def save_mp4(images: Images, out: Path, film: Any) -> int:
     """Write H.264 as browsers play it, without sound, holding one image at a time; returns the number of frames.
+
+    Images have even sides. Of the film its path, rate and base are looked at.
 
     Raises:
         ValueError: no frame decodes, or this PyAV has no H.264 encoder.

@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "pictures")]
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "pictures"), str(EXAMPLES / "space")]
