@@ -128,11 +128,8 @@ class HostCase:
         """A patched model with one block in each stack, in float32: compiling and exporting take their time."""
         model = self.patched(dtype=torch.float32, **settings)
         decoder = getattr(model, "decoder", None)
-        for stack in (
-            model.get_submodule(self.blocks),
-            getattr(decoder, "decoder_layers", getattr(decoder, "blocks", [])),
-        ):
-            del stack[1:]
+        del model.get_submodule(self.blocks)[1:]
+        del getattr(decoder, "decoder_layers", getattr(decoder, "blocks", []))[1:]
         return model
 
     def selection(self, batch: int = 2, seed: int = 3) -> et.TokenSelection:

@@ -537,18 +537,6 @@ def test_the_frame_sampler_takes_its_candidates_from_the_window(fits):
         assert et.select_tokens(model, taken).kept.shape == (2, 19)
 
 
-def test_training_for_real_repeats_itself_and_caches_pretraining():
-    order = [Run("order", Task(), method, 0.3, "rero", 0.3, seed=1) for method in ("rero", "ascending")]
-    first = [train(run, SMALL, CPU) for run in order]  # the second with the first one's pre-training
-    motion_accuracy.pretrained.cache_clear()
-    again = [train(run, SMALL, CPU) for run in reversed(order)][::-1]
-    for one, other in zip(first, again, strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
-        assert math.isfinite(one["pretraining_loss"])
-    assert first[0]["pretraining_loss"] == first[1]["pretraining_loss"]
-    assert first[0]["loss"] != first[1]["loss"]
-
-
 SMALLEST = [
     f"--{name.replace('_', '-')}={getattr(SMALL, name)}" for name in vars(SMALL) if name.endswith(("steps", "clips"))
 ]
@@ -618,55 +606,6 @@ def test_a_whole_run(tmp_path, capsys, monkeypatch):
         run_main(out, *frames, "--steps", "3")
     assert "other settings" in capsys.readouterr().err
     assert out.read_text() == text
-
-
-@pytest.mark.usefixtures("one_process")
-def test_a_run_goes_on_where_it_was_and_prints_means_over_seeds(tmp_path, capsys):
-    out = tmp_path / "motion.json"
-    first = run_main(out, "--experiments", "frames", "--seeds", "1")
-    one = first["runs"]
-    capsys.readouterr()
-    # Another question that asks for a model that is there already: 16 frames at 0.3.
-    both = run_main(out, "--experiments", "keep-ratio", "frames", "--methods", "rero", "--seeds", "1")["runs"]
-    assert both[:2] == one
-    assert len(both) == 2 + 6  # rero at 5, 10, 15, 25, 50 and 60 %
-    last = run_main(out, "--experiments", "frames", "--seeds", "2")
-    commands = last["command"].split(" && ")  # every one that the runs came from
-    assert len(commands) == 3
-    assert commands[0] == first["command"]
-    assert "--seeds 2" in commands[2]
-    two = last["runs"]
-    assert two[:8] == both
-    assert [(run["seed"], run["task"]["frames"]) for run in two[8:]] == [(1, 16), (1, 24)]
-    lines = capsys.readouterr().out.splitlines()
-    pair = [run["accuracy"] for run in two if run["task"]["frames"] == 24]
-    assert len(pair) == 2
-    line = next(line for line in reversed(lines) if "frames 24" in line)
-    assert f"{sum(pair) / 2:.1%}" in line
-    assert f"{min(pair):.1%} to {max(pair):.1%}" in line
-
-
-@pytest.mark.usefixtures("one_process")
-def test_a_file_from_before_there_were_colours_goes_on(tmp_path, monkeypatch):
-    """And what is tested with many selectors is trained once."""
-    out = tmp_path / "motion.json"
-    run_main(out, "--experiments", "frames", "--seeds", "1")
-    document = json.loads(out.read_text())
-    for record in document["runs"]:
-        del record["task"]["colours"], record["trained"], record["colour_accuracy"]
-    out.write_text(json.dumps(document))
-    genuine, jobs = motion_accuracy.train, []
-
-    def recorded(runs, settings, device):
-        jobs.append(runs)
-        return genuine(runs, settings, device)
-
-    monkeypatch.setattr(motion_accuracy, "train", recorded)
-    after = run_main(out, "--experiments", "frames", "appearance-at-test", "--methods", "rero", "tube", "--seeds", "1")
-    assert after["runs"][:2] == document["runs"]
-    assert [len(runs) for runs in jobs] == [6]
-    assert len(after["runs"]) == 2 + 6
-    assert all((record["colour_accuracy"] * 16).is_integer() for record in after["runs"][2:])
 
 
 @pytest.mark.usefixtures("one_process")

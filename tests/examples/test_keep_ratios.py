@@ -16,11 +16,12 @@ import finetune
 import hooks
 import pytest
 import torch
+from forking import forked
 from keep_ratios import KeepRatios, check_model, kept, ratio_of
 from motion_videos import write_motion_set
 from plan import memory
 from trainer import VideoTrainer
-from training_runs import ON_CPU, TINY, assert_same, forked, last_state, losses, video_trainer, weights
+from training_runs import ON_CPU, TINY, assert_same, last_state, losses, video_trainer, weights
 from transformers import TrainerCallback, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et

@@ -18,13 +18,14 @@ import torch
 from checkpoints import mark_complete
 from data import held_out_of_trained, load_data
 from decoding import read_frames
+from forking import forked
 from made_videos import write_frames
 from motion_videos import moving_shape
 from pipelines import for_pipeline
 from recipe import FinetuningRecipe, fit, parse
 from recorded import record, write
 from run import TRAINING_DEFAULTS
-from training_runs import ON_CPU, TINY, assert_same, forked, last_state, losses, weights
+from training_runs import ON_CPU, TINY, assert_same, last_state, losses, weights
 from transformers import AutoImageProcessor, TrainingArguments, VideoMAEForVideoClassification, pipeline
 from video_list import Entry
 

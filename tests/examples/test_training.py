@@ -20,11 +20,12 @@ import torch
 from augmentation import BatchAugmentation
 from checkpoints import complete_checkpoints
 from family_models import FineTuningModel, randomize
+from forking import forked
 from made_videos import write_frames
 from motion_videos import DIRECTIONS, moving_shape
 from torch import Tensor
 from trainer import VideoTrainer
-from training_runs import ON_CPU, QUIET, TINY, assert_same, forked, last_state, losses, torchrun, weights
+from training_runs import ON_CPU, QUIET, TINY, assert_same, last_state, losses, torchrun, weights
 from transformers import TrainingArguments, VideoMAEForPreTraining, VideoMAEForVideoClassification
 from video_list import Entry
 
