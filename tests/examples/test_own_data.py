@@ -368,11 +368,11 @@ class TestGoingOn:
 
 
 class TestStreams:
-    @pytest.mark.parametrize("accumulated", [1, 2])
-    def test_pretraining_goes_on_where_it_was_killed(self, shards, tmp_path, accumulated):
+    def test_pretraining_goes_on_where_it_was_killed(self, shards, tmp_path):
+        """With two micro-batches a step: a place in the stream is not a number of steps."""
         arguments = [TINY, "--data", shards, "--clips_per_epoch", 16, "--epochs", 2, "--batch_size", 4,
                      "--warmup_epochs", 0, "--save_strategy", "steps", "--save_steps", 3,
-                     "--gradient_accumulation_steps", accumulated, *ON_CPU]  # fmt: skip
+                     "--gradient_accumulation_steps", 2, *ON_CPU]  # fmt: skip
         assert pretrain.main([*map(str, arguments), "--output_dir", str(tmp_path / "whole")]) == 0
         again = [*map(str, arguments), "--output_dir", str(tmp_path / "killed")]
         assert forked(lambda: (hooks.kill("compute_loss@6"), pretrain.main(again))[1]) == [-9]

@@ -88,7 +88,8 @@ def pretrained(ucf: Path, lists: Path, tmp_path_factory: pytest.TempPathFactory)
 def finetuned(ucf: Path, lists: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finetuned")
     arguments = [TINY, "--model", pretrained, "--num_labels", 4, "--train_list", lists / "train.csv", "--eval_list",
-                 lists / "val.csv", "--data_root", ucf, "--output_dir", out, "--save_steps", 120]  # fmt: skip
+                 lists / "val.csv", "--data_root", ucf, "--output_dir", out, "--save_steps", 60,
+                 "--epochs", 20]  # fmt: skip
     assert run(finetune, *arguments, *ON_CPU) == 0
     return out
 
