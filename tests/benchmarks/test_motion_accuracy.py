@@ -159,7 +159,6 @@ def test_every_model_is_trained_once_and_can_be_built():
         with torch.device("meta"):
             model = cls(motion_accuracy.config_of(Run("", Task(frames=frames), method), Settings()))
         et.patch_videomae(model, SELECTORS[method](ratio))  # refuses what can't work
-        assert et.count_flops(model).total > 0
     only = chosen_runs(["keep-ratio", "longer"], ["tube"], 1)
     assert {run.method for run in only} == {"tube"}
     assert len(only) == 6
