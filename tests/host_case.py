@@ -124,6 +124,14 @@ class HostCase:
             self.copied[key] = self.patch(self.build(seed).to(dtype), keep_ratio)
         return copy.deepcopy(self.copied[key])
 
+    def shallow(self, **settings: Any) -> Any:
+        """A patched model with one block in each stack, in float32: compiling and exporting take their time."""
+        model = self.patched(dtype=torch.float32, **settings)
+        decoder = getattr(model, "decoder", None)
+        del model.get_submodule(self.blocks)[1:]
+        del getattr(decoder, "decoder_layers", getattr(decoder, "blocks", []))[1:]
+        return model
+
     def selection(self, batch: int = 2, seed: int = 3) -> et.TokenSelection:
         """Random tokens of every clip, made without the library's own selecting."""
         generator = torch.Generator().manual_seed(seed)

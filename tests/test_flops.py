@@ -96,15 +96,13 @@ class TestThePapersFigures:
             assert count.head == (kept - visible) * decoder_width * (3 * 2 * 16 * 16)
         assert count.selection == (7 * 14 * 14 * width if hasattr(model, "everest") else 0)
 
-    @pytest.mark.parametrize(
-        ("size", "unpatched", "patched"), [("S", 57.0, 29.1), ("B", 180.5, 98.1), ("L", 597.2, 330.0)]
-    )
+    @pytest.mark.parametrize(("size", "unpatched", "patched"), [("S", 57.0, 29.1), ("B", 180.5, 98.1)])
     def test_fine_tuning(self, size, unpatched, patched):
         model = full_size(VideoMAEForVideoClassification, size)
         self.assert_counts(model, unpatched, size, 1568)
         self.assert_counts(et.patch_videomae(model, et.ReRoSelector(0.6)), patched, size, 940)
 
-    @pytest.mark.parametrize(("size", "unpatched", "patched"), [("S", 11.6, 6.3), ("B", 35.5, 21.5), ("L", 83.1, 60.8)])
+    @pytest.mark.parametrize(("size", "unpatched", "patched"), [("B", 35.5, 21.5), ("L", 83.1, 60.8)])
     def test_pretraining(self, size, unpatched, patched):
         model = full_size(VideoMAEForPreTraining, size)
         self.assert_counts(model, unpatched, size, 160, 1568)

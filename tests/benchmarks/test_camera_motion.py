@@ -134,10 +134,3 @@ def test_what_compensating_may_cost():
     assert str(targets.camera_target(row, gpu=False)) == "share of the step ≤ 2.00 %: MISSED"
     assert str(targets.camera_target(row, gpu=True)) == "added ≤ 1.50 ms: met"
     assert targets.camera_target(row | {"batch_size": 2}, gpu=True) is None
-
-
-@pytest.mark.parametrize("option", ["clips", "batch-size", "repeats"])
-def test_counts_below_one_are_refused(option, capsys):
-    with pytest.raises(SystemExit):
-        camera_motion.main([f"--{option}", "0"])
-    assert f"--{option} must be at least 1, got 0" in capsys.readouterr().err

@@ -6,13 +6,14 @@ import json
 
 import gflops
 import pytest
+import torch
 from transformers.models.videomae import modeling_videomae
 
 
 @pytest.fixture(autouse=True)
 def _tables_come_back(monkeypatch):
     """The script replaces transformers' slow filling of position tables."""
-    monkeypatch.setattr(modeling_videomae, "get_sinusoid_encoding_table", modeling_videomae.get_sinusoid_encoding_table)
+    monkeypatch.setattr(modeling_videomae, "get_sinusoid_encoding_table", lambda n, width: torch.zeros(1, n, width))
 
 
 def test_covers_every_figure_of_the_tables():

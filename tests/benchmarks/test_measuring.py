@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from measuring import (
     median_ratio,
     paired_seconds,
     peak_bytes,
-    seconds_of,
     training_step,
     videomae_mask,
 )
@@ -131,10 +129,6 @@ def test_inference_keeps_nothing_and_runs_in_the_autocast_dtype(dtype):
     assert model.dtype == dtype
     assert outputs[0].is_inference()
     assert model.weight.grad is None
-
-
-def test_seconds_are_of_the_step_alone():
-    assert 0.05 <= seconds_of(lambda: time.sleep(0.05)) < 5
 
 
 def test_the_peak_is_of_one_step_from_a_clean_start(monkeypatch):

@@ -223,13 +223,13 @@ def test_the_cameras_direction_says_nothing_of_the_label():
 def test_the_tint_of_the_resting_disc_is_its_label():
     """On flat photographs nothing but the tint can be seen: where it is, the resting disc is."""
     task = replace(CLEAN, colours=8)
-    clips, labels = make_clips(task, flat(128), 1000, seeded(17))
-    assert labels.shape == (1000, 2)
+    clips, labels = make_clips(task, flat(128), 500, seeded(17))
+    assert labels.shape == (500, 2)
     tinted = (clips != 128).any(dim=2)  # (n, T, S, S)
     whole = tinted.any(dim=1)
     expected = discs(centres(whole).round(), task.size, task.radius)
     seen = whole.flatten(1).sum(1) == expected.flatten(1).sum(1)
-    assert seen.sum() > 900  # in the rest, the object hides a part of it all the time
+    assert seen.sum() > 450  # in the rest, the object hides a part of it all the time
     assert torch.equal(whole[seen], expected[seen])
     # At rest: a pixel is tinted in every frame in which the object, untinted, doesn't hide it, and of one colour.
     assert torch.equal(clips.mode(dim=1).values.ne(128).any(dim=1)[seen], whole[seen])
@@ -258,17 +258,11 @@ def test_a_turned_disc_has_its_colour(turn):
         assert 6 * colorsys.rgb_to_hsv(*pixel)[0] % 6 == pytest.approx(colour, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    ("task", "digest"),
-    [
-        (CLEAN, "0f616a355d4ae548"),
-        (replace(CLEAN, camera=1.5, frames=20, action=0.5), "6bbe40904d76f377"),
-    ],
-)
-def test_clips_without_colours_are_those_that_were_measured(task, digest):
-    """To the bit: the digests are of the clips before there were colours, with which the results were made."""
-    clips, labels = make_clips(task, charts(), 200, seeded(3))
-    assert hashlib.sha256(clips.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16] == digest
+def test_clips_without_colours_are_those_that_were_measured():
+    """To the bit: the digest is of the clips before there were colours, with which the results were made."""
+    clips, labels = make_clips(replace(CLEAN, camera=1.5, frames=20, action=0.5), charts(), 200, seeded(3))
+    found = hashlib.sha256(clips.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    assert found[:16] == "6bbe40904d76f377"
 
 
 def test_no_photograph_both_trains_and_tests():
@@ -284,21 +278,6 @@ def test_no_photograph_both_trains_and_tests():
     for i, photo in enumerate(every):
         for other in every[:i]:
             assert (photo - other).abs().mean() > 10
-
-
-@pytest.mark.parametrize("name", ["camera", "motorcycle"])
-def test_a_photograph_is_the_middle_of_what_scikit_image_ships(name):
-    from skimage import data
-    from skimage.transform import resize
-
-    image = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
-    side = min(image.shape[:2])
-    top, left = ((length - side) // 2 for length in image.shape[:2])
-    small = resize(image[top : top + side, left : left + side], (160, 160), preserve_range=True, anti_aliasing=True)
-    expected = torch.from_numpy(small).reshape(160, 160, -1).expand(-1, -1, 3)
-    found = photographs((name,))[0].double()
-    assert (found - expected).abs().mean() < 5  # other filters
-    assert (found - expected.flip(1)).abs().mean() > 10
 
 
 def test_the_same_seed_gives_the_same_clips_and_chunks_dont_show():

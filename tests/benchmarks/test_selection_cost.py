@@ -112,19 +112,3 @@ def test_the_parts_are_the_librarys_own(monkeypatch, task, phase, mode):
         assert torch.equal(torch.cat(selected, dim=1).sort(dim=1).values, kept)
         assert [part.shape[1] for part in selected] == ([6, 26] if task == "pretraining" else [32])
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--frames", "2"], "--frames must be even and at least 4"),
-        (["--image-size", "100"], "--image-size must be a multiple of 16, got 100"),
-        (["--batch-sizes", "0"], "--batch-sizes must be at least 1, got 0"),
-        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        (["--step-repeats", "0"], "--step-repeats must be at least 1, got 0"),
-    ],
-)
-def test_what_no_model_takes_is_refused(tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        run(tmp_path / "out.json", *arguments)
-    assert message in capsys.readouterr().err

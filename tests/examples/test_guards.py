@@ -20,13 +20,14 @@ import pytest
 import torch
 from checkpoints import complete_checkpoints
 from clips import TrainingClips
+from forking import forked
 from guards import Diverged, StepGuard, Terminated, alone_in, outlive_sigterm
 from motion_videos import write_motion_set
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainer import VideoTrainer
-from training_runs import ON_CPU, TINY, assert_same, forked, last_state, losses, video_trainer, weights
+from training_runs import ON_CPU, TINY, assert_same, last_state, losses, video_trainer, weights
 from transformers import TrainerCallback, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import everest_tokens as et

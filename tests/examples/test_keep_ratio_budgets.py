@@ -16,8 +16,9 @@ import pytest
 import torch
 from budgets import costs, draw, name_of
 from clips import TestViews
+from forking import forked
 from motion_videos import write_motion_set
-from training_runs import ON_CPU, TINY, forked
+from training_runs import ON_CPU, TINY
 from transformers import VideoMAEForVideoClassification
 
 import everest_tokens as et

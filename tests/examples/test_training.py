@@ -20,11 +20,12 @@ import torch
 from augmentation import BatchAugmentation
 from checkpoints import complete_checkpoints
 from family_models import FineTuningModel, randomize
+from forking import forked
 from made_videos import write_frames
 from motion_videos import DIRECTIONS, moving_shape
 from torch import Tensor
 from trainer import VideoTrainer
-from training_runs import ON_CPU, QUIET, TINY, assert_same, forked, last_state, losses, torchrun, weights
+from training_runs import ON_CPU, QUIET, TINY, assert_same, last_state, losses, torchrun, weights
 from transformers import TrainingArguments, VideoMAEForPreTraining, VideoMAEForVideoClassification
 from video_list import Entry
 
@@ -87,7 +88,8 @@ def pretrained(ucf: Path, lists: Path, tmp_path_factory: pytest.TempPathFactory)
 def finetuned(ucf: Path, lists: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finetuned")
     arguments = [TINY, "--model", pretrained, "--num_labels", 4, "--train_list", lists / "train.csv", "--eval_list",
-                 lists / "val.csv", "--data_root", ucf, "--output_dir", out, "--save_steps", 120]  # fmt: skip
+                 lists / "val.csv", "--data_root", ucf, "--output_dir", out, "--save_steps", 60,
+                 "--epochs", 20]  # fmt: skip
     assert run(finetune, *arguments, *ON_CPU) == 0
     return out
 

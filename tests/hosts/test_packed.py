@@ -22,12 +22,12 @@ import everest_tokens as et
 PACKED = ("VideoMAEForVideoClassification", "VideoMAEModel", "VJEPA2", "Vivit")
 packed = hosts(lambda case: case.name.startswith(PACKED))
 classifiers = hosts(lambda case: case.name.startswith(PACKED) and case.name.endswith("Classification"))
-BUDGETS = [
-    pytest.param(et.EnergyBudget(0.7, min_tokens=2, max_tokens=20), id="energy"),
-    pytest.param(et.EnergyBudget(0.5, distance="cosine", camera="compensate"), id="camera"),
-    pytest.param(et.RunLengthSelector(0.6), id="run-length"),
-]
-energy = BUDGETS[0].values[0]
+BUDGETS = {
+    "energy": et.EnergyBudget(0.7, min_tokens=2, max_tokens=20),
+    "camera": et.EnergyBudget(0.5, distance="cosine", camera="compensate"),
+    "run-length": et.RunLengthSelector(0.6),
+}
+energy = BUDGETS["energy"]
 
 
 def clips_of(case: HostCase, dtype: Any = torch.float64, seed: int = 1) -> Tensor:
@@ -64,8 +64,11 @@ def each_of(case: HostCase, output: Any, lengths: list[int]) -> list[Tensor]:
 
 class TestNumbers:
     @packed
-    @pytest.mark.parametrize("selector", BUDGETS)
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize(
+        ("selector", "dtype"),
+        [(energy, torch.float32), *((budget, torch.float64) for budget in BUDGETS.values())],
+        ids=["float32", *BUDGETS],
+    )
     def test_each_clip_is_what_its_tokens_alone_give(self, case, selector, dtype):
         """The reference knows nothing of packing: all tokens of one clip, the others' keys masked."""
         model, clips = patched(case, selector, dtype), clips_of(case, dtype)

@@ -23,7 +23,8 @@ from transformers import VideoMAEForVideoClassification
 import everest_tokens as et
 
 WORLD, BATCH, LIMIT = 2, 4, 240  # processes, clips, seconds for all scenarios together
-WRAPPINGS = ["ddp", "fsdp", "fsdp, embedding too", "fsdp, projection too"]
+WRAPPINGS = ["ddp", "fsdp, projection too"]
+OTHERS, LIBRARIES = ["fsdp", "fsdp, embedding too"], ("VideoMAEForPreTraining", "videomae-pretraining", "vit")
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -139,7 +140,7 @@ def tasks() -> list[tuple[str, str, str]]:
     listed = []
     for case in CASES:
         if not case.variant and not (case.skip and case.skip.args[0]):
-            listed += [("train", case.name, how) for how in WRAPPINGS]
+            listed += [("train", case.name, how) for how in WRAPPINGS + OTHERS * (case.name in LIBRARIES)]
             listed += [("late", case.name, "ddp"), ("refuse", case.name, "fsdp")]
             listed += [("replace", case.name, "ddp")] if case.image_model else []
     return listed
@@ -195,7 +196,16 @@ def assert_trained_as_one_process(case: HostCase, found: list[dict[str, Any]]) -
 @pytest.mark.parametrize("how", WRAPPINGS)
 @kinds()
 def test_gradients_are_those_of_one_process(results, case, how):
-    found = results("train", case, how)
+    check_training(results("train", case, how), case, how)
+
+
+@pytest.mark.parametrize("how", OTHERS)
+@kinds(lambda case: case.name in LIBRARIES)
+def test_gradients_of_other_units(results, case, how):
+    check_training(results("train", case, how), case, how)
+
+
+def check_training(found: list[dict[str, Any]], case: HostCase, how: str) -> None:
     assert_trained_as_one_process(case, found)
     model = case.patched().train()
     flops = et.count_flops(model).total

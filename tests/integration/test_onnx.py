@@ -55,24 +55,24 @@ def agree(case, model, session, frames=None):
 
 @kinds(lambda case: not case.pretraining)
 def test_every_host_selects_in_the_graph(case, tmp_path):
-    model = case.patched(dtype=torch.float32)
+    model = case.shallow()
     agree(case, model, exported(case, model, tmp_path / "model.onnx"))
 
 
 @hosts(lambda case: case.name in ("VideoMAEForVideoClassification", "vit"))
 def test_the_older_exporter(case, tmp_path):
-    model = case.patched(dtype=torch.float32)
+    model = case.shallow()
     agree(case, model, exported(case, model, str(tmp_path / "model.onnx"), dynamo=False))
 
 
 @hosts(lambda case: case.name == "VideoMAEForPreTraining")
 def test_pre_training_with_a_selector_of_visible_tokens(case, tmp_path):
-    model = case.patched(dtype=torch.float32, visible=et.ReRoSelector(0.25), mask_ratio=0.75)
+    model = case.shallow(visible=et.ReRoSelector(0.25), mask_ratio=0.75)
     agree(case, model, exported(case, model, tmp_path / "model.onnx"))
 
 
 @hosts(lambda case: case.name == "VideoMAEForVideoClassification")
 def test_with_a_frame_sampler(case, tmp_path):
-    model = case.patched(dtype=torch.float32, frame_sampler=et.InfoFrameSampler(1.5))
+    model = case.shallow(frame_sampler=et.InfoFrameSampler(1.5))
     frames = 3 * case.clip[case.time] // 2
     agree(case, model, exported(case, model, tmp_path / "model.onnx", frames), frames)
