@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import report
 from documents import RESULTS
-from motion_runs import ALL, DRAWN, DRAWN_RATIOS
+from motion_clips import Task
+from motion_runs import ALL, DRAWN, DRAWN_RATIOS, LARGE, MIXTURE, PANS
 from pages import documents, on_gpu, rows_of
 from report_beyond import matching
 from report_motion import completed
 from report_steps import newest
 from step_rows import mark_cases
+from table_text import grouped
 
 ROOT = Path(report.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -78,6 +82,44 @@ def test_a_moving_camera():
     (cost,) = [row for row in rows if row["part"] == "cost"]
     assert f"{100 * cost['share']:.1f} % of a fine-tuning step of ViT-{cost['size']} on a CPU" in said
     assert f"agree with what moves by itself in {compensated}, else {ignored}" in README
+
+
+def motion_rows(task: Task) -> list[dict]:
+    rows = [completed(row) for row in rows_of(documents(RESULTS, "motion_accuracy"))]
+    return [row for row in rows if row["task"] == asdict(task)]
+
+
+def test_accuracy_under_a_moving_camera():
+    means = {}
+    for pan in PANS:
+        for method in ("rero", "rero compensated"):
+            mine = matching(motion_rows(replace(LARGE, camera=pan)), method=method)
+            assert len(mine) == 3
+            means[pan, method] = f"{100 * fmean(row['accuracy'] for row in mine):.0f}"
+    ignored, compensated = ([means[pan, method] for pan in PANS] for method in ("rero", "rero compensated"))
+    said = " ".join(section_of(CHOOSING, "## A moving camera").split())
+    pieces = (
+        f"{ignored[0]} % at rest fall to {ignored[1]} % at 1.5 and {ignored[2]} % at 3 pixels a frame",
+        f"compensated they are {compensated[0]}, {compensated[1]} and {compensated[2]} %",
+    )
+    assert "; ".join(pieces) in said
+    piece = f"{ignored[2]} % at 3 pixels a frame become {compensated[2]} %, {ignored[0]} % at rest"
+    assert piece in " ".join(README.split())
+
+
+def test_budgets_for_each_clip():
+    """Their accuracy beside ReRo's, read off its line at as many tokens."""
+    rows = motion_rows(MIXTURE)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (method, _), mine in grouped(rows, lambda row: (row["method"], row["keep_ratio"])).items():
+        assert len({row["seed"] for row in mine}) == 3
+        point = (fmean(row["kept"] for row in mine), fmean(row["accuracy"] for row in mine))
+        lines.setdefault(method, []).append(point)
+    kept, accuracy = zip(*sorted(lines["rero"]), strict=True)
+    said = " ".join(section_of(CHOOSING, "## A budget for each clip").split())
+    for method, name in (("energy", "`EnergyBudget`"), ("run length", "`RunLengthSelector`")):
+        over = [100 * (own - np.interp(tokens, kept, accuracy)) for tokens, own in lines[method]]
+        assert f"{name} {min(over):+.1f} to {max(over):+.1f} points" in said
 
 
 def both(**wanted) -> str:
