@@ -33,7 +33,7 @@ def kept_by(model: Any, clip: Tensor, selector: Any, seed: int = 0) -> TokenSele
 
 
 def frames_of(model: Any, frames: Tensor, selection: TokenSelection) -> Tensor:
-    """Of all frames (T, …) that a model takes, those that a selection's first clip is of: a sampler draws among them."""
+    """Of all frames (T, …) that a model takes those that a selection's first clip is of: a sampler draws them."""
     if selection.steps is None:
         return frames
     candidates = frames.unflatten(0, (model.everest.num_candidates(selection.grid[0]), -1))

@@ -40,7 +40,7 @@ from everest_tokens.prediction import reading_of
 from everest_tokens.video import first_frame, load_clip, load_views, number_frames, open_video, read_errors
 from everest_tokens.visualization import Part, draw, pixels_of, selection_part
 
-MEGABYTES, FRAMES, AREA = 50, 3600, 1920 * 1080  # the most that a video may have
+MEGABYTES, FRAMES, AREA, RATIO = 50, 3600, 1920 * 1080, 8  # the most that a video may have
 KEPT_SECONDS = 600  # how long files stay on the server, so that the slider can be moved once more
 REPEATS = 3  # measured runs of each way
 NO_LABELS = gr.Label(visible=False)
@@ -62,8 +62,9 @@ does, and a forward costs what it costs a trained model of that size. Only a tra
 GFLOPs and milliseconds are those of one clip's forward. All and kept tokens take turns: where other visitors' requests
 run at the same time, their ratio holds better than the milliseconds.
 
-Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame; the browser need not play
-them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes."""
+Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame, and no side over {RATIO} times
+the other; the browser need not play them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to
+{KEPT_SECONDS // 60 + 1} minutes."""
 
 
 class Loaded(NamedTuple):
@@ -110,6 +111,9 @@ def read(video: str, begin: float, reading: dict[str, Any]) -> torch.Tensor:
     for seen in (stream.codec_context, first_frame(video)):  # what the file says, and what it shows
         if seen is not None and seen.width * seen.height > AREA:
             raise ValueError(f"{video}: {seen.width}×{seen.height} pixels are more than {AREA / 1e6:.1f} megapixels")
+        # The short side becomes the model's, the long one as many times larger.
+        if seen is not None and max(seen.width, seen.height) > RATIO * min(seen.width, seen.height):
+            raise ValueError(f"{video}: of {seen.width}×{seen.height} pixels one side is over {RATIO} times the other")
     if reading["stride"] == 0:  # frames from all over the video
         return load_views(video, clips=1, crops=1, **reading)
     length, _, _ = number_frames(video, container, stream, packets)

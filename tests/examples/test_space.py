@@ -19,6 +19,7 @@ import gradio as gr
 import numpy as np
 import torch
 from gradio_client import Client, handle_file
+from made_videos import write_video
 from space_case import CAMERA, CELL, FIRST, MODEL, RANDOM, RERO, TINY, TUBE, half_moving, settings, with_tiny_model
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
@@ -181,11 +182,13 @@ def test_videos_beyond_the_limits(video, monkeypatch, limit, problem):
 
 def test_what_is_no_use_is_said(video, tmp_path):
     text, folder, decoder = tmp_path / "notes.mp4", tmp_path / "empty", tmp_path / "decoder"
+    wide = write_video(tmp_path / "wide.mp4", length=2, size=(576, 64))
     text.write_text("no video")
     folder.mkdir()
     VideoMAEForPreTraining(VideoMAEConfig(**TINY)).save_pretrained(decoder)
     for given, problem in [
         (settings(text), ":** notes.mp4: undecodable"),
+        (settings(wide), ":** wide.mp4: of 576×64 pixels one side is over 8 times the other"),
         (settings(None), "Choose a clip"),
         (settings(video, model=""), "Choose a clip and a model"),
         (settings(video, model=str(folder)), f"{folder}: "),
