@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from everest_tokens.visualization import Part, draw, pixels_of, selection_part
 MEGABYTES, FRAMES, AREA, RATIO = 50, 3600, 1920 * 1080, 8  # the most that a video may have
 KEPT_SECONDS = 600  # how long files stay on the server, so that the slider can be moved once more
 REPEATS = 3  # measured runs of each way
+LOADING = Lock()  # visitors who ask for one model at the same time wait for one, and its seed is its own
 NO_LABELS = gr.Label(visible=False)
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 RANDOM: dict[str, dict[str, Any]] = {"ViT-S, random weights": SMALL, "ViT-B, random weights": {}}
@@ -62,8 +64,8 @@ does, and a forward costs what it costs a trained model of that size. Only a tra
 GFLOPs and milliseconds are those of one clip's forward. All and kept tokens take turns: where other visitors' requests
 run at the same time, their ratio holds better than the milliseconds.
 
-Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame, and no side over {RATIO} times
-the other; the browser need not play them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to
+Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame, no side over {RATIO} times
+times the other; the browser need not play them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to
 {KEPT_SECONDS // 60 + 1} minutes."""
 
 
@@ -145,7 +147,8 @@ def choose(video: str | None, begin: float, name: str | None, selector: str, rat
     """Load and select. Raises ValueError for what can't be read, loaded or kept."""
     if not video or not name:
         raise ValueError("Choose a clip and a model.")
-    loaded = load(name.strip())
+    with LOADING:
+        loaded = load(name.strip())
     try:
         clip = read(video, begin, loaded.reading).to(next(loaded.plain.parameters()).device)
     except ValueError as error:  # names the server's folders

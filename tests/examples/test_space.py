@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,21 @@ def test_visitors_at_the_same_time_get_what_they_asked_for(video, monkeypatch):
         assert mine.table() == expected.table()
     assert app.load(MODEL).plain is plain
     assert type(plain).__module__.startswith("transformers.")  # not patched
+
+
+def test_visitors_who_come_at_once_wait_for_one_model(video, monkeypatch):
+    made = []
+
+    class Slow(VideoMAEForVideoClassification):
+        def __init__(self, *given: Any) -> None:
+            made.append(given)
+            time.sleep(0.2)
+            super().__init__(*given)
+
+    monkeypatch.setattr(app, "VideoMAEForVideoClassification", Slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda given: app.choose(*given), [settings(video)] * 2))
+    assert len(made) == 1
 
 
 def test_times_are_medians_and_the_ratio_is_that_of_pairs(video, monkeypatch):
