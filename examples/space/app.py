@@ -64,9 +64,9 @@ does, and a forward costs what it costs a trained model of that size. Only a tra
 GFLOPs and milliseconds are those of one clip's forward. All and kept tokens take turns: where other visitors' requests
 run at the same time, their ratio holds better than the milliseconds.
 
-Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame, no side over {RATIO} times
-times the other; the browser need not play them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to
-{KEPT_SECONDS // 60 + 1} minutes."""
+Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame, no side over {RATIO}
+times the other; the browser need not play them (.avi). They and what is drawn are deleted here after
+{KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes."""
 
 
 class Loaded(NamedTuple):
