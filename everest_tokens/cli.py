@@ -30,9 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if (quiet := options.pop("quiet")) else logging.INFO)
+    bars: Any = None
     try:
         if quiet:
-            import_module("transformers.utils.logging").disable_progress_bar()
+            hub = import_module("huggingface_hub.utils")
+            if not hub.are_progress_bars_disabled():  # else whoever did that doesn't want them back either
+                bars = import_module("transformers.utils.logging")
+                bars.disable_progress_bar()
         status = getattr(import_module("everest_tokens.commands"), options.pop("command"))(**options) or 0
         sys.stdout.flush()
         return status
@@ -45,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"everest-tokens: {error}", file=sys.stderr)
         return 2
     finally:
-        if quiet:
-            import_module("transformers.utils.logging").enable_progress_bar()
+        if bars is not None:
+            bars.enable_progress_bar()
         logger.removeHandler(handler)
         logger.setLevel(level)
 

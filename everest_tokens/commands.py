@@ -18,7 +18,7 @@ import transformers
 from everest_tokens.checkpoints import describe_checkpoint, load_videomae
 from everest_tokens.comparing import compare
 from everest_tokens.demo import demo as demo
-from everest_tokens.drawing import kept, strategies, unit_of
+from everest_tokens.drawing import frames_of, kept, strategies, unit_of
 from everest_tokens.exporting import export as export_model
 from everest_tokens.movies import play
 from everest_tokens.patching import patch_videomae, select_tokens
@@ -118,8 +118,9 @@ def patched_model(
             kind = (config.architectures or ["VideoMAEModel"])[0]
             loaded = getattr(transformers, kind).from_pretrained(model)
         policy = patch_videomae(loaded.float().eval()).everest  # clips are float32, whatever a folder was saved in
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{model}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what a broken file makes transformers and safetensors raise has no class in common
+        problem = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(problem if model is None else f"{model}: {problem}") from error
     given = {"distance": distance, "anchor": anchor, "camera": camera}
     given = {name: value for name, value in given.items() if value is not None}
     if not all(hasattr(policy.selector, name) for name in given):
@@ -158,7 +159,8 @@ def predict(
         if heatmap is not None:
             clip = load_views(video, clips=1, crops=1, **reading).to(loaded.device)
             pixels = pixels_of(clip) if look is None else pixels_of(clip, look.image_mean, look.image_std)
-            picture = draw([selection_part(pixels, {"kept": select_tokens(loaded, clip)})])
+            selection = select_tokens(loaded, clip)
+            picture = draw([selection_part(frames_of(loaded, pixels, selection), {"kept": selection})])
             name = "-".join(video.absolute().parts[-2:]).lstrip("/-")
             drawn[name] += 1  # videos of one name in folders of one name
             picture.savefig(heatmap / f"{name}{f'-{drawn[name]}' if drawn[name] > 1 else ''}.png")

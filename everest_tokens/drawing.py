@@ -32,6 +32,14 @@ def kept_by(model: Any, clip: Tensor, selector: Any, seed: int = 0) -> TokenSele
     return select_tokens(model, clip, generator=torch.Generator().manual_seed(seed))
 
 
+def frames_of(model: Any, frames: Tensor, selection: TokenSelection) -> Tensor:
+    """Of all frames (T, …) that a model takes those that a selection's first clip is of: a sampler draws them."""
+    if selection.steps is None:
+        return frames
+    candidates = frames.unflatten(0, (model.everest.num_candidates(selection.grid[0]), -1))
+    return candidates[selection.steps[0].cpu()].flatten(0, 1)
+
+
 def kept(model: Any, clip: Tensor) -> dict[str, TokenSelection]:
     """What the model keeps; where the camera's motion is compensated, what would be kept if it were ignored too."""
     own = model.everest.selector
@@ -47,7 +55,8 @@ def strategies(model: Any, clip: Tensor, *, ratio: float = 0.5, seed: int = 0) -
     """What random, tube, running cell and ReRo selection keep at one ratio (Figure 8), and what ReRo's variants do.
 
     Running cells keep a quarter, a half or three quarters: the nearest. A grid of odd height or width has none. An
-    anchor is drawn where more tokens are kept than those of its step. The model's own selector stays.
+    anchor is drawn where more tokens are kept than those of its step. The model's own selector stays; of its settings
+    the distance and the order are drawn.
     """
     own = model.everest.selector
     rows: dict[str, Any] = {"random (ST-MAE)": RandomSelector(ratio), "tube (VideoMAE)": TubeSelector(ratio)}
@@ -57,7 +66,7 @@ def strategies(model: Any, clip: Tensor, *, ratio: float = 0.5, seed: int = 0) -
     else:
         logger.info("no running cells on %d×%d tokens: they are of 2×2", *grid[1:])
     rero = copy.deepcopy(own) if isinstance(own, ReRoSelector) else ReRoSelector()
-    rero.keep_ratio = ratio
+    rero.keep_ratio, rero.anchor, rero.camera = ratio, None, "ignore"  # which the variants' rows show
     rows["ReRo (EVEREST)"] = rero
     variants = {"ReRo, camera compensated": ("camera", "compensate")}
     if rero.num_kept(grid) > grid[1] * grid[2]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
 # Words in the names of torch's operators that sum products; its counter knows only some of them.
 _SUMS_PRODUCTS = re.compile(r"\w*(mm|mv|rnn)|v?dot|addr|matmul|(tri)?linear|conv.*|attention|cdist|lstm|gru|fft|linalg")
@@ -47,6 +49,7 @@ def on_meta(root: nn.Module) -> Any:
 def counting(root: nn.Module, failures: type[Exception] = Exception) -> Iterator[FlopCounterMode]:
     """Count what runs. Raise TypeError, that the cost of `root` isn't known, where one of the failures is raised."""
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = _OneThreadsModules()
     try:
         with torch.no_grad(), _Known(), counter:
             yield counter
@@ -61,6 +64,22 @@ def _solving(a_shape: Any, b_shape: Any, **_: Any) -> int:
 
 
 _FORMULAS = {torch.ops.aten._linalg_solve_ex: _solving}  # of camera.py; torch's counter has none
+
+
+class _OneThreadsModules(ModuleTracker):
+    """Follows the modules that its own thread runs; torch's hooks are called for those of all threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def _fw_pre_hook(self, *given: Any) -> None:
+        if threading.get_ident() == self._thread:
+            super()._fw_pre_hook(*given)
+
+    def _fw_post_hook(self, *given: Any) -> None:
+        if threading.get_ident() == self._thread:
+            super()._fw_post_hook(*given)
 
 
 class _Known(TorchDispatchMode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -221,7 +221,10 @@ def save_gif(images: Images, out: Path, film: Film) -> int:
     # One palette for all, and no dithering: what stands still must not flicker, and compresses away.
     palette = Image.fromarray(np.concatenate(shown)).quantize(256)
     first, *others = (Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE) for image in shown)
-    first.save(out, save_all=True, append_images=others, duration=round(1000 * film.base), loop=0)
+    # Browsers play what is shorter than 20 ms at 100, and the format ends at 655,350.
+    duration = min(max(round(1000 * film.base), 20), 655350)
+    with _whole(out) as part:
+        first.save(part, "gif", save_all=True, append_images=others, duration=duration, loop=0)
     return len(shown)
 
 
@@ -235,10 +238,13 @@ def save_mp4(images: Images, out: Path, film: Any) -> int:
     """
     import av
 
-    part, count = out.with_name(f".{out.name}.part"), 0  # a file that is there is whole
     stream: Any = None
+    count = 0
     try:
-        with av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        with (
+            _whole(out) as part,
+            av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as container,
+        ):
             for time, image in images:
                 if stream is None:
                     stream = container.add_stream("libx264", rate=film.rate, options={"crf": "20"})
@@ -251,9 +257,17 @@ def save_mp4(images: Images, out: Path, film: Any) -> int:
             if stream is None:
                 raise ValueError(f"{film.path}: damaged, no frame could be decoded")
             container.mux(stream.encode())
-        part.replace(out)
     except av.codec.codec.UnknownCodecError as error:
         raise ValueError("writing an .mp4 needs H.264, which this PyAV was built without: write a .gif") from error
+    return count
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """Give the name to write to, which becomes `out` once all is written: a file that is there is whole."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        yield part
+        part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    return count

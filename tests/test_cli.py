@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from family_models import FineTuningModel
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
@@ -150,6 +151,15 @@ def test_quiet_leaves_results_warnings_and_errors(command, folder, checkpoint, t
         assert shown.out == ""
         assert main([command, "no.mp4", "--model", str(folder), "--quiet"]) == 2
         assert "no.mp4: no such file" in capsys.readouterr().err
+
+
+def test_quiet_leaves_progress_bars_off_that_were_off(checkpoint):
+    disable_progress_bars()
+    try:
+        assert main(["inspect", str(checkpoint), "--num-frames", "8", "--image-size", "64", "--quiet"]) == 0
+        assert are_progress_bars_disabled()
+    finally:
+        enable_progress_bars()
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])  # print, and log

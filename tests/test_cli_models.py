@@ -18,10 +18,12 @@ from transformers import (
 )
 
 import everest_tokens as et
-from everest_tokens import cli, exporting, prediction
+from everest_tokens import cli, commands, exporting, prediction
 from everest_tokens.comparing import compare
 from everest_tokens.exporting import export
 from everest_tokens.video import load_clip, load_views, view_indices
+from everest_tokens.visualization import draw as drawing
+from everest_tokens.visualization import pixels_of
 
 LABELS = ["catch", "throw", "wait"]
 
@@ -94,6 +96,21 @@ class TestPredict:
         assert status == 0
         assert all(re.search(rf"{video}: \w+ 0\.\d+, .* \(\d+ ms\)", out) for video in videos)
         assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"a-1.mp4.png", "b-1.mp4.png"}
+
+    def test_pictures_are_of_the_frames_that_a_sampler_draws(self, folder, videos, tmp_path, capsys, monkeypatch):
+        model = VideoMAEForVideoClassification.from_pretrained(folder)
+        model = et.patch_videomae(model, et.ReRoSelector(0.5), frame_sampler=et.InfoFrameSampler(2.0)).eval()
+        model.save_pretrained(tmp_path / "sampled")
+        parts = []
+        monkeypatch.setattr(commands, "draw", lambda drawn: parts.extend(drawn) or drawing(drawn))
+        status, _, _ = run(capsys, "predict", tmp_path / "sampled", videos[0], "--stride", 1, "--heatmap", tmp_path)
+        assert status == 0
+        height, width = model.config.image_size
+        clip = load_clip(videos[0], num_frames=16, stride=1, size=(height, width))
+        steps = et.select_tokens(model, clip).steps[0]
+        assert len(steps) == 4
+        frames = pixels_of(clip)[[2 * step + i for step in steps.tolist() for i in range(2)]]
+        torch.testing.assert_close(parts[0].rows[0].images, frames)
 
     def test_pixels_are_those_of_the_folders_processor(self, videos, tmp_path):
         """ViViT's puts them into [-1, 1] before it normalises them; another leaves them as they are."""

@@ -230,6 +230,7 @@ def test_a_page_for_each_suffix(folder, tmp_path, suffix):
         (["VIDEO", "--model", "bert"], "bert: cannot patch BertModel"),
         (["VIDEO", "--model", "empty"], "empty: "),
         (["VIDEO", "--model", "no.pth"], "no.pth"),
+        (["VIDEO", "--model", "cut"], "cut: Error while deserializing header"),
         (["no.mp4"], "no.mp4: undecodable"),
     ],
 )
@@ -241,6 +242,8 @@ def test_what_goes_wrong_is_one_line_and_status_2(options, message, capsys, fold
         f'{{"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 9, {sizes}}}'
     )
     (tmp_path / "empty").mkdir()
+    SMALL.save_pretrained("cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"nothing")
     (tmp_path / "no.pth").write_bytes(b"nothing")
     (tmp_path / "no.mp4").write_bytes(b"nothing")
     if message.startswith("bert"):

@@ -50,6 +50,20 @@ def test_strategies_at_one_ratio_and_the_nearest_running_cells(model, clip):
     assert "ReRo, first step anchored" not in strategies(model, clip, ratio=0.25)  # 16 tokens, as many as a step's
 
 
+@pytest.mark.parametrize("setting", [{"anchor": "first"}, {"camera": "compensate"}])
+def test_variants_are_drawn_in_their_own_rows_alone(model, setting):
+    """A pan, so that each setting keeps other tokens; a quarter is as many as an anchored step has."""
+    own = et.ReRoSelector(0.5, distance="l1", **setting)
+    picture = torch.rand(1, 3, 16, 24).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    pan = torch.stack([picture[..., :64, 4 * i : 4 * i + 64] for i in range(8)], dim=1)
+    plain = kept_by(model, pan, et.ReRoSelector(0.5, distance="l1"))
+    assert not torch.equal(kept_by(model, pan, own).kept, plain.kept)
+    et.patch_videomae(model, own)
+    assert torch.equal(strategies(model, pan)["ReRo (EVEREST)"].kept, plain.kept)
+    assert strategies(model, pan, ratio=0.25)["ReRo (EVEREST)"].kept.shape[1] == 16
+    assert model.everest.selector is own
+
+
 def test_no_running_cells_on_an_odd_grid(caplog):
     caplog.set_level("INFO")
     model = et.patch_videomae(build_model(VideoMAEForPreTraining, image_size=48))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import timm
 import torch
 from family_models import FineTuningModel, PreTrainingModel
 from peft import LoraConfig, get_peft_model
+from tiny_videomae import build_clips, build_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
@@ -246,6 +248,20 @@ class TestSettings:
         model.everest.selector.keep_ratio = 0.25
         assert et.count_flops(model).encoder == blocks(392, 384, 2)
         assert et.count_flops(et.unpatch_videomae(model)) == unpatched
+
+    def test_while_another_thread_runs_modules(self):
+        """A pass over the same module names, begun and ended within each of the counted embedding's."""
+        model = et.patch_videomae(build_model(VideoMAEForVideoClassification))
+        expected = et.count_flops(model)
+        other, embedding = copy.deepcopy(model), model.videomae.embeddings.patch_embeddings
+
+        def elsewhere(*given):
+            thread = threading.Thread(target=other, args=(build_clips(other, 1),))
+            thread.start()
+            thread.join()
+
+        embedding.register_forward_pre_hook(elsewhere)
+        assert et.count_flops(model) == expected
 
     def test_num_visible(self):
         model = et.patch_videomae(full_size(VideoMAEForPreTraining, "S", **SHALLOW))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -186,6 +187,16 @@ def test_a_gif_plays_one_clip(tmp_path, folder):
     assert numbers_in(panel(images, 0, 240)) == list(range(20, 36, 2))
 
 
+@pytest.mark.parametrize(("seconds", "duration"), [(200, 655350), (0.002, 20)])
+def test_a_gif_of_few_or_very_many_frames_a_second(tmp_path, folder, seconds, duration):
+    """As long as the format has room for, and as short as browsers play."""
+    times = [int(1000 * seconds * i) for i in range(40)]
+    video = write_video(tmp_path / "in.mp4", times=times, length=len(times), size=(64, 64))
+    assert visualize(video, tmp_path / "out.gif", folder, "--quiet") == 0
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (8, duration)
+
+
 def test_strategies_play_too(tmp_path, folder):
     video = write_video(tmp_path / "in.mp4", length=9, size=(64, 64))
     assert visualize(video, tmp_path / "out.mp4", folder, "--draw", "strategies", "--stride", "1") == 0
@@ -244,3 +255,17 @@ def test_a_run_that_is_cut_off_leaves_the_old_file_and_nothing_else(tmp_path, fo
     assert visualize(video, tmp_path / "out.mp4", folder, "--quiet") == 130
     assert (tmp_path / "out.mp4").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+
+
+def test_a_gif_that_is_cut_off_leaves_the_old_file_and_nothing_else(tmp_path, folder, monkeypatch):
+    video = write_video(tmp_path / "in.mp4", length=20, size=(64, 64))
+    (tmp_path / "out.gif").write_bytes(b"old")
+
+    def interrupted(image, file, *given, **more):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    assert visualize(video, tmp_path / "out.gif", folder, "--quiet") == 130
+    assert (tmp_path / "out.gif").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.gif"]

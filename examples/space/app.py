@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -40,9 +41,10 @@ from everest_tokens.prediction import reading_of
 from everest_tokens.video import first_frame, load_clip, load_views, number_frames, open_video, read_errors
 from everest_tokens.visualization import Part, draw, pixels_of, selection_part
 
-MEGABYTES, FRAMES, AREA = 50, 3600, 1920 * 1080  # the most that a video may have
+MEGABYTES, FRAMES, AREA, RATIO = 50, 3600, 1920 * 1080, 8  # the most that a video may have
 KEPT_SECONDS = 600  # how long files stay on the server, so that the slider can be moved once more
 REPEATS = 3  # measured runs of each way
+LOADING = Lock()  # visitors who ask for one model at the same time wait for one, and its seed is its own
 NO_LABELS = gr.Label(visible=False)
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 RANDOM: dict[str, dict[str, Any]] = {"ViT-S, random weights": SMALL, "ViT-B, random weights": {}}
@@ -62,8 +64,9 @@ does, and a forward costs what it costs a trained model of that size. Only a tra
 GFLOPs and milliseconds are those of one clip's forward. All and kept tokens take turns: where other visitors' requests
 run at the same time, their ratio holds better than the milliseconds.
 
-Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame; the browser need not play
-them (.avi). They and what is drawn are deleted here after {KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes."""
+Videos have at most {MEGABYTES} MB, {FRAMES:,} frames and {AREA / 1e6:.1f} megapixels a frame, no side over {RATIO}
+times the other; the browser need not play them (.avi). They and what is drawn are deleted here after
+{KEPT_SECONDS // 60} to {KEPT_SECONDS // 60 + 1} minutes."""
 
 
 class Loaded(NamedTuple):
@@ -110,6 +113,9 @@ def read(video: str, begin: float, reading: dict[str, Any]) -> torch.Tensor:
     for seen in (stream.codec_context, first_frame(video)):  # what the file says, and what it shows
         if seen is not None and seen.width * seen.height > AREA:
             raise ValueError(f"{video}: {seen.width}×{seen.height} pixels are more than {AREA / 1e6:.1f} megapixels")
+        # The short side becomes the model's, the long one as many times larger.
+        if seen is not None and max(seen.width, seen.height) > RATIO * min(seen.width, seen.height):
+            raise ValueError(f"{video}: of {seen.width}×{seen.height} pixels one side is over {RATIO} times the other")
     if reading["stride"] == 0:  # frames from all over the video
         return load_views(video, clips=1, crops=1, **reading)
     length, _, _ = number_frames(video, container, stream, packets)
@@ -141,7 +147,8 @@ def choose(video: str | None, begin: float, name: str | None, selector: str, rat
     """Load and select. Raises ValueError for what can't be read, loaded or kept."""
     if not video or not name:
         raise ValueError("Choose a clip and a model.")
-    loaded = load(name.strip())
+    with LOADING:
+        loaded = load(name.strip())
     try:
         clip = read(video, begin, loaded.reading).to(next(loaded.plain.parameters()).device)
     except ValueError as error:  # names the server's folders

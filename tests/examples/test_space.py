@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import gradio as gr
 import numpy as np
 import torch
 from gradio_client import Client, handle_file
+from made_videos import write_video
 from space_case import CAMERA, CELL, FIRST, MODEL, RANDOM, RERO, TINY, TUBE, half_moving, settings, with_tiny_model
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
@@ -126,6 +128,21 @@ def test_visitors_at_the_same_time_get_what_they_asked_for(video, monkeypatch):
     assert type(plain).__module__.startswith("transformers.")  # not patched
 
 
+def test_visitors_who_come_at_once_wait_for_one_model(video, monkeypatch):
+    made = []
+
+    class Slow(VideoMAEForVideoClassification):
+        def __init__(self, *given: Any) -> None:
+            made.append(given)
+            time.sleep(0.2)
+            super().__init__(*given)
+
+    monkeypatch.setattr(app, "VideoMAEForVideoClassification", Slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda given: app.choose(*given), [settings(video)] * 2))
+    assert len(made) == 1
+
+
 def test_times_are_medians_and_the_ratio_is_that_of_pairs(video, monkeypatch):
     """Pairs of 1:0.5, 2:0.4 and 8:2 seconds: medians 2 and 0.5, the ratios 0.5, 0.2 and 0.25."""
     times = iter([1.0, 0.5, 2.0, 0.4, 8.0, 2.0])
@@ -181,11 +198,13 @@ def test_videos_beyond_the_limits(video, monkeypatch, limit, problem):
 
 def test_what_is_no_use_is_said(video, tmp_path):
     text, folder, decoder = tmp_path / "notes.mp4", tmp_path / "empty", tmp_path / "decoder"
+    wide = write_video(tmp_path / "wide.mp4", length=2, size=(576, 64))
     text.write_text("no video")
     folder.mkdir()
     VideoMAEForPreTraining(VideoMAEConfig(**TINY)).save_pretrained(decoder)
     for given, problem in [
         (settings(text), ":** notes.mp4: undecodable"),
+        (settings(wide), ":** wide.mp4: of 576×64 pixels one side is over 8 times the other"),
         (settings(None), "Choose a clip"),
         (settings(video, model=""), "Choose a clip and a model"),
         (settings(video, model=str(folder)), f"{folder}: "),
