@@ -84,7 +84,7 @@ def newest(rows: Sequence[Row]) -> list[Row]:
 
 def _case_of(row: Row) -> tuple[Any, ...]:
     names = ("size", "phase", "frames", "image_size", "batch_size", "method", "keep_ratio")
-    return (circumstances(row), *(row[name] for name in names))
+    return (circumstances(row), row.get("cuda_graphs"), *(row[name] for name in names))
 
 
 def slug(device: str) -> str:
