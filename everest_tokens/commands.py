@@ -196,7 +196,7 @@ def benchmark(model: str, keep_ratios: list[float] | None, batch_size: int, repe
         time = median(mine / its for mine, its in zip(seconds, all_seconds, strict=True))
         print(
             f"{name:<22}{batch_size / median(seconds):>15.2f}{time:>8.2f}"
-            f"{memory / 2**20:>10.0f} MiB{memory / all_memory:>8.2f}"
+            f"{memory / 2**20:>10.{int(all_memory < 2**25)}f} MiB{memory / all_memory:>8.2f}"
         )
 
 

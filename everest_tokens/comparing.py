@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from everest_tokens.patching import host_of, patch_videomae, unpatch_videomae
 from everest_tokens.video import integer
+
+_TURN = 0.2  # seconds that a turn takes at least: a run of milliseconds by itself tells little
 
 
 def compare(
@@ -32,7 +35,7 @@ def compare(
     Args:
         model: patched, a classifier or encoder of transformers. Its weights are shared by all ways to run it.
         keep_ratios: of the model's selector, else as it is.
-        repeats: timed runs of each, after two that warm up.
+        repeats: timed turns of each, after two that warm up. Short runs are repeated in a turn, whose mean counts.
         training: steps (forward, backward, AdamW at rate 0) instead of forwards.
         progress: called 2 + repeats times for each way.
 
@@ -61,15 +64,24 @@ def compare(
         clips = torch.randn(batch_size, *host_of(other).example(other)[0][1:], device=device)
         forward = partial(other, clips, **host_of(other).arguments(other))
         runs[ratio] = _step(other, forward) if training else torch.inference_mode()(forward)
-    peaks, seconds = {}, {ratio: list[float]() for ratio in runs}
+    peaks, times, seconds = {}, {}, {ratio: list[float]() for ratio in runs}
     for turn in range(2 + repeats):
         for ratio, run in runs.items():
-            if turn == 1:
+            if turn == 0:
+                seconds_of(run, device)
+            elif turn == 1:
                 peaks[ratio] = _peak(run, device)
+                times[ratio] = math.ceil(_TURN / seconds_of(run, device))
             else:
-                seconds[ratio].append(seconds_of(run, device))
+                several = partial(_repeat, run, times[ratio])
+                seconds[ratio].append(seconds_of(several, device) / times[ratio])
             progress()
-    return {ratio: (seconds[ratio][1:], peaks[ratio]) for ratio in runs}
+    return {ratio: (seconds[ratio], peaks[ratio]) for ratio in runs}
+
+
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
 
 
 def _step(model: Any, forward: Callable[[], Any]) -> Callable[[], None]:

@@ -16,6 +16,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 
 from everest_tokens.flops import count_flops
 from everest_tokens.patching import patch_videomae, select_tokens
+from everest_tokens.selection import TokenSelection
 from everest_tokens.selectors import TubeSelector
 from everest_tokens.video import load_clip
 from everest_tokens.visualization import check_out, draw, pixels_of, selection_part
@@ -42,42 +43,53 @@ def demo(video: Path | None, model: str | None, stride: int, batch_size: int, re
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_out(out, ".png", ".pdf", ".svg")
     config = VideoMAEConfig.from_pretrained(model) if model else VideoMAEConfig(num_labels=400)
-    video = video or sample_video()
-    clip = load_clip(video, num_frames=config.num_frames, stride=stride, size=config.image_size)
+    start = None
+    if video is None:  # where the rabbit climbs out of its burrow
+        video, start = sample_video().with_name("bigbuckbunny.mp4"), 6
+    clip = load_clip(video, num_frames=config.num_frames, stride=stride, size=config.image_size, start=start)
     torch.manual_seed(0)
     print(f"{video.name}: {clip.shape[1]} frames, {stride} apart; {batch_size} clip(s), float32, CPU")
-    selections = {}
+    models, selections = {}, {}
     for phase, cls in {"pre-training": VideoMAEForPreTraining, "fine-tuning": VideoMAEForVideoClassification}.items():
         plain: Any = cls.from_pretrained(model) if model else cls(config)
         patched = patch_videomae(copy.deepcopy(plain))
         patched.everest.frame_sampler = None  # that a folder may record; before and after take the same frames
-        title = f"{phase}, keep ratio {patched.everest.selector.keep_ratio}"
-        print(f"\n{title:<34}{'before':>10}{'after':>10}   ratio")
-        selection = selections[f"kept in\n{phase}"] = select_tokens(patched, clip)
-        tokens, visible = math.prod(selection.grid), selection.visible.shape[1]
-        given = {"pixel_values": clip.repeat(batch_size, 1, 1, 1, 1)}
-        if selection.target is None:
-            given["labels"] = torch.zeros(batch_size, dtype=torch.int64)
-            before = given
-            _show("tokens in the encoder", 0, tokens, visible)
-        else:  # VideoMAE's own 90 % tube mask
-            hidden = torch.ones(batch_size, tokens, dtype=torch.bool)
-            seen = TubeSelector(0.1)(hidden[..., None], selection.grid)
-            before = {**given, "bool_masked_pos": hidden.scatter(1, seen, False)}
-            _show("tokens in the encoder", 0, seen.shape[1], visible)
-            _show("tokens in the decoder", 0, tokens, selection.kept.shape[1])
-        _show("GFLOPs of a forward", 1, count_flops(plain).total / 1e9, count_flops(patched).total / 1e9)
-        runs = [(plain.train(), before), (patched.train(), given)]
-        _show("MiB saved for backward", 0, *(_saved_bytes(*run) / 2**20 for run in runs))
-        steps = [(torch.optim.AdamW(run[0].parameters(), lr=1e-5, fused=True), *run) for run in runs]
-        seconds = [[_seconds(*step) for step in steps] for _ in range(repeats + 1)]  # in turn; the first warms up
-        _show("seconds of a training step", 2, *map(min, zip(*seconds[1:], strict=True)))
+        models[phase], selections[f"kept in\n{phase}"] = (plain, patched), select_tokens(patched, clip)
     draw([selection_part(pixels_of(clip), selections)]).savefig(out)
-    logger.info("\nThe kept tokens are drawn in %s", out.resolve())
+    logger.info("The kept tokens are drawn in %s; how to read it: docs/pictures.md", out.resolve())
+    for phase, selection in zip(list(models), selections.values(), strict=True):
+        _compare(phase, *models.pop(phase), selection, clip.repeat(batch_size, 1, 1, 1, 1), repeats)
+
+
+def _compare(phase: str, plain: Any, patched: Any, selection: TokenSelection, clips: Tensor, repeats: int) -> None:
+    """Print the table of a phase."""
+    from tqdm import tqdm  # of the demo extra, as matplotlib
+
+    title = f"{phase}, keep ratio {patched.everest.selector.keep_ratio}"
+    print(f"\n{title:<38}{'before':>10}{'after':>10}   ratio")
+    tokens, visible, given = math.prod(selection.grid), selection.visible.shape[1], {"pixel_values": clips}
+    if selection.target is None:
+        given["labels"] = torch.zeros(len(clips), dtype=torch.int64)
+        before = given
+        _show("tokens in the encoder", 0, tokens, visible)
+    else:  # VideoMAE's own 90 % tube mask
+        hidden = torch.ones(len(clips), tokens, dtype=torch.bool)
+        seen = TubeSelector(0.1)(hidden[..., None], selection.grid)
+        before = {**given, "bool_masked_pos": hidden.scatter(1, seen, False)}
+        _show("tokens in the encoder (10 % visible)", 0, seen.shape[1], visible)
+        _show("tokens in the decoder", 0, tokens, selection.kept.shape[1])
+    _show("GFLOPs of a forward", 1, count_flops(plain).total / 1e9, count_flops(patched).total / 1e9)
+    runs = [(plain.train(), before), (patched.train(), given)]
+    _show("MiB saved for backward", 0, *(_saved_bytes(*run) / 2**20 for run in runs))
+    steps = [(torch.optim.AdamW(run[0].parameters(), lr=1e-5, fused=True), *run) for run in runs]
+    quiet = not logger.isEnabledFor(logging.INFO)
+    turns = tqdm(range(repeats + 1), desc="steps before and after, in turn", leave=False, disable=quiet)
+    seconds = [[_seconds(*step) for step in steps] for _ in turns]  # the first turn warms up
+    _show("seconds of a training step", 2, *map(min, zip(*seconds[1:], strict=True)))
 
 
 def _show(what: str, digits: int, before: float, after: float) -> None:
-    print(f"{what:<34}{before:>10.{digits}f}{after:>10.{digits}f}{after / before:>8.2f}", flush=True)
+    print(f"{what:<38}{before:>10.{digits}f}{after:>10.{digits}f}{after / before:>8.2f}", flush=True)
 
 
 def _saved_bytes(model: Any, inputs: dict[str, Tensor]) -> int:

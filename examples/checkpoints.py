@@ -14,6 +14,7 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
+import transformers
 from guards import Diverged, MachineFailed, RunEnded
 from safetensors import SafetensorError
 from torch import Tensor
@@ -142,3 +143,14 @@ def check_finite(model: Iterable[tuple[str, Tensor]], optimizer: Any, agree: Any
                 first = name
     if bool(agree(torch.tensor([float(bool(first))], device=device)).any()):
         raise Diverged(f"{first or 'a weight'} is not finite: no checkpoint is written of it")
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Keep transformers from reporting weights that are new, left out or renamed on purpose; what is wrong raises."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

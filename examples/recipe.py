@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
+from checkpoints import unreported
 from data import Data
 from keep_ratios import check_ratios
 from trainer_settings import chosen, settle
@@ -330,7 +331,7 @@ def load_trained(kind: Any, model: str, new: tuple[str, ...] = (), **settings: A
     Raises:
         ValueError: there is no such model, or it lacks other weights.
     """
-    with loading(model):
+    with loading(model), unreported():
         loaded, found = kind.from_pretrained(model, output_loading_info=True, **settings)
     others = found["mismatched_keys"]  # (name, shape, shape), or names in older versions
     names = [*found["missing_keys"], *(other if isinstance(other, str) else other[0] for other in others)]

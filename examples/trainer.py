@@ -21,7 +21,15 @@ from typing import Any
 import torch
 import transformers
 from balance import BalancedSampler
-from checkpoints import check_finite, complete_checkpoints, drop_oldest, mark_complete, remove, written_whole
+from checkpoints import (
+    check_finite,
+    complete_checkpoints,
+    drop_oldest,
+    mark_complete,
+    remove,
+    unreported,
+    written_whole,
+)
 from guards import StepGuard, Terminated, TooManyBadVideos, outlive_sigterm, worker_died, worker_killed
 from optimisation import layer_decay_groups
 from recorded import write
@@ -325,14 +333,16 @@ class VideoTrainer(Trainer):
         drop_oldest(written, self._keep, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with unreported():  # q/v biases, which are restored below
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore(resume_from_checkpoint, self.model if model is None else model)
         if isinstance(self.train_dataset, TrainingStream):  # a list's are met again
             for file in Path(resume_from_checkpoint).glob("bad_videos_*.json"):
                 self.bad |= json.loads(file.read_text())
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with unreported():
+            super()._load_best_model()
         self._restore(self.state.best_model_checkpoint, self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import everest_tokens as et
-from everest_tokens import cli, commands, exporting, prediction
+from everest_tokens import cli, commands, comparing, exporting, prediction
 from everest_tokens.comparing import compare
 from everest_tokens.exporting import export
 from everest_tokens.video import load_clip, load_views, view_indices
@@ -234,7 +234,7 @@ class TestBenchmark:
     def test_fewer_tokens_take_less_memory(self, folder, training, capsys):
         options = ["--training"] * training
         status, out, _ = run(capsys, "benchmark", folder, "--keep-ratios", 0.25, 0.5, "--repeats", 2, *options)
-        rows = re.findall(r"(unpatched|[\d.]+) +([\d.]+) +([\d.]+) +(\d+) MiB +([\d.]+)$", out, re.MULTILINE)
+        rows = re.findall(r"(unpatched|[\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) MiB +([\d.]+)$", out, re.MULTILINE)
         assert status == 0
         assert [row[0] for row in rows] == ["unpatched", "0.25", "0.5"]
         assert float(rows[0][2]) == float(rows[0][4]) == 1
@@ -248,6 +248,16 @@ class TestBenchmark:
         assert costs[0.25][1] < costs[1.0][1]
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert model.everest.selector.keep_ratio == 0.5
+
+    def test_a_turn_of_short_runs_takes_a_fifth_of_a_second(self, folder, monkeypatch):
+        """Whatever runs takes 0.05 s here: four runs a turn, of which one took a quarter of that."""
+        model = et.patch_videomae(VideoMAEForVideoClassification.from_pretrained(folder).eval())
+        monkeypatch.setattr(comparing, "seconds_of", lambda run, device: (run(), 0.05)[1])
+        turns: list[int] = []
+        monkeypatch.setattr(comparing, "_repeat", lambda run, times: turns.append(times))
+        costs = compare(model, [0.25], repeats=3)
+        assert {ratio: seconds for ratio, (seconds, _) in costs.items()} == {r: [0.0125] * 3 for r in (None, 0.25)}
+        assert turns == [4] * 6
 
     def test_bad_settings_and_pre_training_models(self, folder):
         model = et.patch_videomae(build_model(VideoMAEForVideoClassification))
