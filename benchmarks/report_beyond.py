@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import figures
+import numpy as np
 from motion_clips import DIRECTIONS
 from motion_runs import ALL, BUDGETS, DRAWN, DRAWN_RATIOS, LARGE, MIXTURE, STILL
 from pages import Page
@@ -119,6 +120,11 @@ def budgets(page: Page, rows: Sequence[Row], caption: str, suffix: str) -> None:
     figure = figures.failures(panel, 1 / DIRECTIONS, f"motion task, camera of half the clips moving; {caption}")
     page.draw(f"motion-budgets{suffix}", figure, "Accuracy against the mean number of tokens")
     page.add(table(["tokens", "setting", "kept", "accuracy"], lines))
+    means = {name: sorted((kept, sum(each) / len(each)) for kept, each in its) for name, its in lines_of.items()}
+    tokens, accuracy = zip(*means.pop("rero"), strict=True)
+    over = {name: [100 * (own - np.interp(kept, tokens, accuracy)) for kept, own in its] for name, its in means.items()}
+    beside = "; ".join(f"{NAMES[name]} {min(its):+.1f} to {max(its):+.1f} points" for name, its in over.items())
+    page.add([f"Beside ReRo's line at as many tokens on average: {beside}.", ""])
 
 
 def camera(rows: Sequence[Row]) -> Iterator[str]:
