@@ -109,7 +109,7 @@ class Batches:
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.mean, self.scale = 255 * mean, 1 / (255 * std)
         self.motion = None  # what the camera does in each clip, where a selector asks
-        if getattr(selector_of(run), "camera", "ignore") == "compensate":
+        if run.method in SELECTORS and getattr(selector_of(run), "camera", "ignore") == "compensate":
             pieces = torch.arange(count, device=device).split(32)
             self.motion = torch.cat([camera_motion(self.take(piece)[0], TUBELET) for piece in pieces])
 

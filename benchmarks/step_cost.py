@@ -293,7 +293,8 @@ def summarise(variant: Variant, baseline: Variant, device: torch.device) -> None
 def printed(rows: list[dict[str, Any]], gpu: bool) -> str:
     """The methods of one case side by side, and how they stand to the targets."""
     one = "\n{frames} frames of {image_size} px, {dtype}, {mode}\n".format(**rows[0])
-    return "\n".join([one, *step_table(mark_cases(rows), gpu)])
+    where = {"device": "GPU" if gpu else "CPU", "world_size": world_size()}
+    return "\n".join([one, *step_table(mark_cases([row | where for row in rows]), lambda row: gpu)])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -79,7 +79,8 @@ def step_table(rows: Sequence[Row], gpu: Callable[[Row], bool]) -> Iterator[str]
 
 def _order(row: Row, gpu: bool) -> tuple[Any, ...]:
     """A GPU's first, then by model and clips."""
-    return not gpu, circumstances(row), list(SIZES).index(row["size"]), row["batch_size"], row["frames"], row["kept"]
+    size = [*SIZES, row["size"]].index(row["size"])
+    return not gpu, circumstances(row), size, row["batch_size"], row["frames"], row["kept"]
 
 
 def _cells(row: Row, baseline: Row, gpu: bool) -> list[str]:

@@ -13,17 +13,18 @@ from scipy.stats import chisquare
 from tiny_videomae import build_clips, build_model
 from torch import Tensor
 
-# These take longest and begin first: begun late, one would keep a process busy while the others have nothing left.
-SLOWEST = """
-contract_graphs training contract_patching onnx notebook motion_accuracy contract compile_export distributed guards
-documented_snippets checkpoint_files own_data step_cost run_checkpoints cli_models packed contract_running movies space
-paper_figures flops keep_ratio_budgets
+# First those whose trainings run in forked copies: autograd can't be forked once a test has had its threads started.
+# Then what takes longest: begun late, one would keep a process busy while the others have nothing left.
+FIRST = """
+training own_data guards step_cost keep_ratios keep_ratio_budgets
+contract_graphs contract_patching onnx notebook motion_accuracy contract compile_export distributed
+documented_snippets checkpoint_files run_checkpoints cli_models packed contract_running movies space paper_figures flops
 """.split()  # noqa: SIM905
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {f"test_{name}": number for number, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOWEST)))
+    place = {f"test_{name}": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
 
 
 settings.register_profile("everest", deadline=None, derandomize=True, max_examples=60)

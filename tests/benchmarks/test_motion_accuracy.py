@@ -226,7 +226,7 @@ def test_accuracy_is_the_share_of_right_answers(count):
         turns.append(turn)
         return index.float(), labels[index]
 
-    batches = SimpleNamespace(labels=labels, clips=labels, take=take)
+    batches = SimpleNamespace(labels=labels, clips=labels, take=take, camera_of=lambda *_: nullcontext())
     model = Oracle(labels).train()
     assert accuracies(model, batches) == pytest.approx([(count - math.ceil(count / 3)) / count])
     assert model.training
@@ -251,6 +251,7 @@ def test_two_labels_are_two_heads_of_one_model():
     ] == [whole]
 
     batches = SimpleNamespace(labels=labels, clips=labels, take=lambda index: (index, labels[index]))
+    batches.camera_of = lambda *_: nullcontext()
     model = nn.Module()
     model.forward = lambda index: SimpleNamespace(logits=logits[index])
     assert accuracies(model, batches) == [0.5, 0.5]  # the first clip's colour, the second's direction
@@ -271,6 +272,9 @@ class Shades:
         labels = self.labels[index]
         shade = nn.functional.one_hot(labels, 8).float().repeat_interleave(2, dim=1)  # 8 bands of 2 rows
         return shade[:, None, None, :, None].expand(-1, 4, 3, -1, 16), labels
+
+    def camera_of(self, index, turn=0):
+        return nullcontext()
 
 
 def toy(seed=0):
