@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import socket
 import struct
 import sys
 from pathlib import Path
@@ -55,7 +57,10 @@ def videos(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("script", "more"), [(pretrain, []), (finetune, ["--alpha", "1.5", "--val_fraction", "0.25"])])
-def test_tensorboard_has_curves_and_pictures(script, more, videos, tmp_path):
+def test_tensorboard_has_curves_and_pictures(script, more, videos, tmp_path, monkeypatch):
+    # tensorboardX names its files by second and host: of a run within a second the final test's would take the curves'.
+    hosts = itertools.count()
+    monkeypatch.setattr(socket, "gethostname", lambda: f"host{next(hosts)}")
     settings = ["--batch_size", "2", "--max_steps", "4", "--report_to", "tensorboard", "--picture_steps", "2"]
     folders = ["--data", str(videos), "--output_dir", str(tmp_path / "run")]
     assert script.main([TINY, *folders, *settings, *more, "--save_strategy", "no", *ON_CPU]) == 0
