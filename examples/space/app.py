@@ -180,8 +180,7 @@ def look(*settings: Any) -> Iterator[list[Any]]:
     except ValueError as error:
         yield [None, None, f"**This doesn't work:** {error}"]
         return
-    own = chosen.loaded.reading.get("processor")
-    pixels = pixels_of(chosen.clip, *(() if own is None else (own.image_mean, own.image_std)))
+    pixels = pixels_of(chosen.clip, chosen.loaded.reading.get("processor"))
     part, counts = selection_part(pixels, {"kept": chosen.kept}), chosen.kept.frame_counts[0].tolist()
     captions = [f"frame {i}\n{counts[i // part.frames.step]} kept" for i in range(len(pixels))]
     lines = [Part(part.rows, part.frames[i : i + 4], captions) for i in range(0, len(part.frames), 4)]
