@@ -51,18 +51,22 @@ def kept(model: Any, clip: Tensor) -> dict[str, TokenSelection]:
     return {"kept, camera compensated": kept_by(model, clip, own), **found}
 
 
+def nearest_running_cells(ratio: float) -> RunningCellSelector:
+    """Running cells keep a quarter, a half or three quarters: the nearest to a keep ratio."""
+    return RunningCellSelector(min(max(round(4 * ratio), 1), 3) / 4)
+
+
 def strategies(model: Any, clip: Tensor, *, ratio: float = 0.5, seed: int = 0) -> dict[str, TokenSelection]:
     """What random, tube, running cell and ReRo selection keep at one ratio (Figure 8), and what ReRo's variants do.
 
-    Running cells keep a quarter, a half or three quarters: the nearest. A grid of odd height or width has none. An
-    anchor is drawn where more tokens are kept than those of its step. The model's own selector stays; of its settings
-    the distance and the order are drawn.
+    A grid of odd height or width has no running cells. An anchor is drawn where more tokens are kept than those of its
+    step. The model's own selector stays; of its settings the distance and the order are drawn.
     """
     own = model.everest.selector
     rows: dict[str, Any] = {"random (ST-MAE)": RandomSelector(ratio), "tube (VideoMAE)": TubeSelector(ratio)}
     grid = model.everest.host.example(model.everest.root)[1]
     if grid[1] % 2 == 0 and grid[2] % 2 == 0:
-        rows["running cell (VideoMAE V2)"] = RunningCellSelector(min(max(round(4 * ratio), 1), 3) / 4)
+        rows["running cell (VideoMAE V2)"] = nearest_running_cells(ratio)
     else:
         logger.info("no running cells on %d×%d tokens: they are of 2×2", *grid[1:])
     rero = copy.deepcopy(own) if isinstance(own, ReRoSelector) else ReRoSelector()

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def play(
     widest = max(720, 112 * len(labels)) if still else max(1200, 224 * len(labels))
     wide = max(widest // len(labels) // w, 1) * w  # as many pixels for each token: their borders are sharp
     film.shown = round(wide * size[0] / size[1]), wide
-    windows = film.clip(start) if still else film.windows()
+    windows = film.clip(clips[0], start) if still else film.windows()
     page = Page(labels, film, h * w, heat_limits(torch.cat(heat)) if heat else None)
     kept = [torch.cat([kept_map(part[i]) for part in parts]) for i in range(len(parts[0]))]
     fade = choose_fade(torch.cat([pixels_of(clip) for clip in clips]), kept)
@@ -113,12 +114,12 @@ class Film:
         if self.numbers and any(abs((time - times[0]) * base * self.rate - n) > 0.5 for n, time in enumerate(times)):
             self.base, self.times = base, [time - times[0] for time in times]
 
-    def clip(self, start: int | None) -> Windows:
-        """The one window that `load_clip` loads; it plays at the file's mean rate."""
+    def clip(self, clip: Tensor, start: int | None) -> Windows:
+        """The one window of a clip that `load_clip` loaded at `start`; it plays at the file's mean rate."""
         given: dict[str, Any] = {"num_frames": self.num_frames, "stride": self.stride, "start": start}
         shown = (255 * pixels_of(video.load_clip(self.path, size=self.shown, **given))).round().byte()
         self.base, self.times = self.stride / self.rate, list(range(self.num_frames))
-        return [(video.load_clip(self.path, size=self.size, **given), [(i, i, frame) for i, frame in enumerate(shown)])]
+        return [(clip, [(i, i, frame) for i, frame in enumerate(shown)])]
 
     def windows(self) -> Windows:
         """All frames that decode, in windows of T · stride, of which the model takes every stride-th.
@@ -265,9 +266,6 @@ def save_mp4(images: Images, out: Path, film: Any) -> int:
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """Give the name to write to, which becomes `out` once all is written: a file that is there is whole."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        yield part
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=".") as folder:
+        yield Path(folder, out.name)
+        Path(folder, out.name).replace(out)

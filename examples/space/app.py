@@ -35,6 +35,7 @@ import everest_tokens as et
 from everest_tokens.commands import patched_model
 from everest_tokens.comparing import seconds_of
 from everest_tokens.demo import sample_video
+from everest_tokens.drawing import nearest_running_cells
 from everest_tokens.movies import save_mp4
 from everest_tokens.patching import host_of
 from everest_tokens.prediction import reading_of
@@ -54,7 +55,7 @@ SELECTORS = {
     "ReRo, the camera's motion taken out": partial(et.ReRoSelector, camera="compensate"),
     "random (ST-MAE)": et.RandomSelector,
     "tube (VideoMAE)": et.TubeSelector,
-    "running cell (VideoMAE V2): ¼, ½ or ¾": lambda ratio: et.RunningCellSelector(min(max(round(4 * ratio), 1), 3) / 4),
+    "running cell (VideoMAE V2): ¼, ½ or ¾": nearest_running_cells,
 }
 ABOUT = """# Which tokens of a video does the model need?
 Choose a clip and move the keep ratio. What is dropped fades to grey: only the rest reaches the transformer's blocks."""
